@@ -1,0 +1,31 @@
+"""ALiBi attention backends: one file each, with the signature of transformers' own attention functions."""
+
+from __future__ import annotations
+
+from transformers import AttentionInterface
+
+from .eager import eager_alibi_attention
+from .sdpa import sdpa_alibi_attention
+
+__all__ = ["BACKENDS", "alibi_name", "register_backends"]
+
+BACKENDS = {"eager": eager_alibi_attention, "sdpa": sdpa_alibi_attention}
+"""From the name that users know (`attn_implementation`) to the attention function with ALiBi."""
+
+
+def alibi_name(attn_implementation: str) -> str:
+    """The name under which the ALiBi form of `attn_implementation` is registered.
+
+    Raises ValueError where there is none: running another form would drop the bias.
+    """
+    if attn_implementation not in BACKENDS:
+        raise ValueError(
+            f"attn_implementation {attn_implementation!r} has no ALiBi form; supported: {', '.join(BACKENDS)}"
+        )
+    return f"alibi_{attn_implementation}"
+
+
+def register_backends() -> None:
+    """Make the backends known to transformers; calling it again changes nothing."""
+    for name, attention in BACKENDS.items():
+        AttentionInterface.register(alibi_name(name), attention)

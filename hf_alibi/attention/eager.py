@@ -1,0 +1,56 @@
+"""ALiBi attention with the whole matrix of weights, for `output_attentions` and as the plainest form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..bias import alibi_bias
+from .head_slopes import head_slopes
+from .inputs import refuse_unsupported, visible_keys
+
+__all__ = ["eager_alibi_attention"]
+
+
+def eager_alibi_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention with the ALiBi bias; logits and softmax in float32 or wider.
+
+    Args:
+        module: the self-attention layer; its config holds the slopes.
+        query: (batch, heads, queries, head_dim).
+        key, value: (batch, key-value heads, keys, head_dim); heads are grouped where there are fewer.
+        attention_mask: see `visible_keys`.
+        scaling: of the logits; 1 / sqrt(head_dim) if None.
+        dropout: probability, applied to the weights in training.
+
+    Returns the output (batch, queries, heads, head_dim) and the weights (batch, heads, queries, keys).
+    """
+    refuse_unsupported("eager", module, kwargs)
+    slopes = head_slopes(module.config, query.shape[1], query.device)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    allowed, added = visible_keys(attention_mask, query, key)
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+
+    # Autocast would take the product of two float32 tensors in a half type.
+    with torch.autocast(query.device.type, enabled=False):
+        wide = torch.promote_types(query.dtype, torch.float32)
+        logits = query.to(wide) @ key.to(wide).transpose(-1, -2) * scaling
+    logits = logits + alibi_bias(slopes.for_queries(allowed.sum(dim=-1)), allowed)
+    if added is not None:
+        logits = logits + added
+    # A query that may see nothing (padding) gets zeros, not the NaN of a softmax over nothing.
+    weights = logits.softmax(dim=-1).masked_fill(~allowed.any(dim=-1, keepdim=True), 0.0).to(value.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights

@@ -1,0 +1,58 @@
+"""What every backend does with its inputs: which keys each query sees, and refusing what it cannot honour."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..bias import causal_rows
+
+__all__ = ["refuse_unsupported", "visible_keys"]
+
+# An additive entry at or under this is a mask: after softmax it leaves nothing in any floating-point type.
+_MASKED = -1e4
+
+# Arguments that change the attention in ways that these backends do not carry out.
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")
+
+
+def refuse_unsupported(name: str, module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for an argument of the attention call that backend `name` would otherwise ignore."""
+    given = [argument for argument in _UNSUPPORTED if kwargs.get(argument) is not None]
+    if given:
+        raise ValueError(f"ALiBi attention '{name}' of {type(module).__name__} does not support {given}")
+    if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
+        raise ValueError(f"ALiBi is for causal attention; {type(module).__name__} was called with is_causal=False")
+
+
+def visible_keys(attention_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What each query may see, and what is added to the logits.
+
+    Args:
+        attention_mask: (batch or 1, heads or 1, queries, keys), bool (True: may be seen) or additive. None means
+            causal, the first query at the first key; a single query sees all keys.
+        query: (batch, heads, queries, head_dim).
+        key: (batch, key-value heads, keys, head_dim).
+
+    Returns (allowed, added): bool, and the mask itself where it is additive, since what it adds to allowed entries
+    comes on top of the bias; None otherwise.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    if attention_mask is None:
+        first = keys - 1 if queries == 1 else 0
+        return causal_rows(first, queries, keys, query.device)[None, None], None
+    if attention_mask.ndim != 4:
+        raise ValueError(
+            "ALiBi attention needs a 4D mask (batch, heads, queries, keys), or a 2D padding mask given to the model; "
+            f"got shape {tuple(attention_mask.shape)}"
+        )
+    if attention_mask.shape[-2:] != (queries, keys):
+        got = tuple(attention_mask.shape[-2:])
+        raise ValueError(f"the attention mask is for {got} queries and keys, but there are {(queries, keys)}")
+    if attention_mask.dtype == torch.bool:
+        return attention_mask, None
+    if not attention_mask.is_floating_point():
+        raise ValueError(f"a 4D attention mask must be bool or floating point, got {attention_mask.dtype}")
+    return attention_mask > _MASKED, attention_mask

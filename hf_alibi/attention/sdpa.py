@@ -1,0 +1,185 @@
+"""ALiBi attention on PyTorch's scaled_dot_product_attention, with memory that grows linearly with length.
+
+Without a mask there is no dense bias: a few dimensions are appended to queries and keys, whose product is
+slope × key position. Softmax ignores a constant per row, so that equals -slope × distance. With a mask the bias is
+built for a block of queries at a time. Blocks are recomputed in the backward pass, so that none of them is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from ..bias import alibi_bias, causal_rows
+from .head_slopes import HeadSlopes, head_slopes
+from .inputs import refuse_unsupported, visible_keys
+
+__all__ = ["sdpa_alibi_attention"]
+
+# Up to this many queries the plain causal kernel takes all of them at once: positions are then at most half as far
+# from the centre, and slope × position keeps an absolute error of about 3e-5 in float32.
+_SINGLE_CALL = 2048
+# Beyond, queries are taken in blocks whose positions count from their own centre: near keys, the ones whose logits
+# matter, then have small positions and the error stays as small at any length.
+_CAUSAL_ROWS = 256
+# Entries of a dense (batch, heads, rows, keys) matrix that may stand in memory at a time: 64 MiB in float32.
+_DENSE_ENTRIES = 2**24
+
+
+def sdpa_alibi_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention with the ALiBi bias, exact in every floating-point type.
+
+    Args:
+        module: the self-attention layer; its config holds the slopes.
+        query: (batch, heads, queries, head_dim).
+        key, value: (batch, key-value heads, keys, head_dim); heads are grouped where there are fewer.
+        attention_mask: see `visible_keys`; None with more keys than queries means that the keys past the queries are
+            still empty (the first step with a static cache).
+        scaling: of the logits; 1 / sqrt(head_dim) if None.
+        dropout: probability, applied to the weights.
+
+    Returns the output (batch, queries, heads, head_dim) and None: this backend has no weights to show.
+    """
+    refuse_unsupported("sdpa", module, kwargs)
+    slopes = head_slopes(module.config, query.shape[1], query.device)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    queries = query.shape[2]
+    dense_rows = max(1, _DENSE_ENTRIES // (query.shape[0] * query.shape[1] * key.shape[2]))
+    if attention_mask is None and queries > 1:
+        if key.shape[2] < queries:
+            raise ValueError(f"causal attention of {queries} queries needs as many keys, got {key.shape[2]}")
+        attend = partial(_causal_block, key=key, value=value, slopes=slopes, scaling=scaling, dropout=dropout)
+        # With dropout PyTorch has no fused kernel on every device: its matrix of weights must fit.
+        rows = _CAUSAL_ROWS if queries > _SINGLE_CALL else queries
+        rows = min(rows, dense_rows) if dropout else rows
+    else:
+        allowed, added = visible_keys(attention_mask, query, key)
+        attend = partial(
+            _masked_block, key=key, value=value, allowed=allowed, added=added, slopes=slopes, scaling=scaling, dropout=dropout
+        )
+        # A graph with a block for every so many queries would be a new graph for every length.
+        rows = queries if torch.compiler.is_compiling() else dense_rows
+    output = _in_blocks(attend, query, rows, keep_rng=dropout > 0)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _in_blocks(attend: Callable[[Tensor, int], Tensor], query: Tensor, rows: int, keep_rng: bool) -> Tensor:
+    """`attend(query block, index of its first query)` for blocks of `rows` queries, joined."""
+    if rows >= query.shape[2]:
+        return attend(query, 0)
+    if torch.is_grad_enabled():
+        attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=keep_rng)
+    firsts = range(0, query.shape[2], rows)
+    return torch.cat([attend(query[:, :, first : first + rows], first) for first in firsts], dim=2)
+
+
+def _causal_block(
+    query: Tensor, first: int, *, key: Tensor, value: Tensor, slopes: HeadSlopes, scaling: float, dropout: float
+) -> Tensor:
+    """Queries `first`, `first` + 1, … over the keys up to the last of them, by the plain kernel."""
+    rows = query.shape[2]
+    end = first + rows
+    key, value = key[:, :, :end], value[:, :, :end]
+    device = query.device
+    context = torch.arange(first + 1, end + 1, device=device)[None, None]
+    positions = torch.arange(end, device=device) - (first + end) // 2
+    left, right = _bias_factors(slopes.for_queries(context) / scaling, positions, end, query.dtype)
+    extra = left.shape[-1]
+    # Kernels on accelerators want widths that are multiples of 8.
+    spare = 0 if device.type == "cpu" else -(query.shape[-1] + extra) % 8
+    left = pad(left, (0, spare)).expand(*query.shape[:3], -1)
+    right = pad(right, (0, spare)).expand(*key.shape[:3], -1)
+    output = scaled_dot_product_attention(
+        torch.cat([query, left], dim=-1),
+        torch.cat([key, right], dim=-1),
+        # The fused kernel on CPU needs values as wide as the keys.
+        pad(value, (0, extra + spare)),
+        attn_mask=causal_rows(first, rows, end, device) if first else None,
+        is_causal=first == 0,
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output[..., : value.shape[-1]]
+
+
+def _bias_factors(slopes: Tensor, positions: Tensor, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Factors (…, queries or 1, n) and (keys, n) in `dtype` whose product is slope × position.
+
+    Args:
+        slopes: float32 (…, queries or 1, 1), already divided by the scaling of the logits.
+        positions: integers (keys,), none further from 0 than `end`.
+        end: number of keys.
+        dtype: of the queries.
+
+    Half types hold integers up to 256 and 8 bits of a slope exactly. There, positions are written in digits to base
+    256 and each digit's slope is split into a high and a low half, so that nothing is rounded but the last half.
+    """
+    if torch.finfo(dtype).bits >= 32:
+        return slopes.to(dtype), positions[:, None].to(dtype)
+    left, right, unit = [], [], 1
+    rest = positions
+    while True:
+        last = unit * 256 >= end
+        digit = rest if last else (rest + 128) % 256 - 128
+        # float16 overflows only where the bias is far beyond what softmax can tell from minus infinity.
+        weight = (slopes * unit).clamp(max=torch.finfo(dtype).max)
+        high = weight.to(dtype)
+        left += [high, (weight - high.float()).to(dtype)]
+        right += [digit.to(dtype)] * 2
+        if last:
+            return torch.cat(left, dim=-1), torch.stack(right, dim=-1)
+        rest = (rest - digit) // 256
+        unit *= 256
+
+
+def _masked_block(
+    query: Tensor,
+    first: int,
+    *,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor,
+    added: Tensor | None,
+    slopes: HeadSlopes,
+    scaling: float,
+    dropout: float,
+) -> Tensor:
+    """Queries from `first` on over all keys, with a dense bias for these queries."""
+    rows = slice(first, first + query.shape[2])
+    allowed = allowed[:, :, rows]
+    bias = alibi_bias(slopes.for_queries(allowed.sum(dim=-1)), allowed)
+    if added is not None:
+        bias = bias + added[:, :, rows]
+    # The queries of a group become rows of their common key head, so that keys and values are not repeated.
+    grouped = (key.shape[1], -1)
+    output = scaled_dot_product_attention(
+        query.unflatten(1, grouped).flatten(2, 3),
+        key,
+        value,
+        attn_mask=_mask_type(bias, query).unflatten(1, grouped).flatten(2, 3),
+        dropout_p=dropout,
+        scale=scaling,
+    )
+    return output.unflatten(2, (-1, query.shape[2])).flatten(1, 2)
+
+
+def _mask_type(bias: Tensor, query: Tensor) -> Tensor:
+    # The CPU kernels take a float32 mask beside half-type queries, which keeps the bias exact.
+    keep = query.device.type == "cpu" and query.dtype != torch.float64
+    return bias if keep else bias.to(query.dtype)

@@ -1,0 +1,11 @@
+"""The errors that are this package's own."""
+
+__all__ = ["InputError", "VerificationError"]
+
+
+class InputError(ValueError):
+    """Something a user gave cannot be used; the message is one line: what was given, what is allowed, what to do."""
+
+
+class VerificationError(RuntimeError):
+    """A model does not apply the ALiBi bias as its config says; the message names the layer."""

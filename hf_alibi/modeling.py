@@ -1,0 +1,113 @@
+"""ALiBi model classes: those of transformers, converted as they are built."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.models.gpt2 import modeling_gpt2 as gpt2
+from transformers.models.llama import modeling_llama as llama
+
+from .attention import alibi_name
+from .configuration import AlibiConfig, AlibiGPT2Config, AlibiLlamaConfig
+from .installation import install_alibi
+
+__all__ = [
+    "MODEL_CLASSES",
+    "AlibiGPT2DoubleHeadsModel",
+    "AlibiGPT2ForQuestionAnswering",
+    "AlibiGPT2ForSequenceClassification",
+    "AlibiGPT2ForTokenClassification",
+    "AlibiGPT2LMHeadModel",
+    "AlibiGPT2Model",
+    "AlibiLlamaForCausalLM",
+    "AlibiLlamaForQuestionAnswering",
+    "AlibiLlamaForSequenceClassification",
+    "AlibiLlamaForTokenClassification",
+    "AlibiLlamaModel",
+    "AlibiModel",
+]
+
+
+class AlibiModel:
+    """What every ALiBi model class shares; it stands before the class of transformers that it converts."""
+
+    def __init__(self, config: AlibiConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        install_alibi(self, MODEL_CLASSES)  # type: ignore[arg-type]
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """The implementation to use, as transformers decides. Raises ValueError for one that has no ALiBi form."""
+        name: str = super().get_correct_attn_implementation(requested_attention, is_init_check)  # type: ignore[misc]
+        alibi_name(name)
+        return name
+
+
+class AlibiGPT2Model(AlibiModel, gpt2.GPT2Model):
+    """`GPT2Model` with ALiBi."""
+
+    config: AlibiGPT2Config
+
+
+class AlibiGPT2LMHeadModel(AlibiModel, gpt2.GPT2LMHeadModel):
+    """`GPT2LMHeadModel` with ALiBi; `from_pretrained` of a plain GPT-2 checkpoint converts it."""
+
+    config: AlibiGPT2Config
+
+
+class AlibiGPT2DoubleHeadsModel(AlibiModel, gpt2.GPT2DoubleHeadsModel):
+    """`GPT2DoubleHeadsModel` with ALiBi."""
+
+    config: AlibiGPT2Config
+
+
+class AlibiGPT2ForSequenceClassification(AlibiModel, gpt2.GPT2ForSequenceClassification):
+    """`GPT2ForSequenceClassification` with ALiBi."""
+
+    config: AlibiGPT2Config
+
+
+class AlibiGPT2ForTokenClassification(AlibiModel, gpt2.GPT2ForTokenClassification):
+    """`GPT2ForTokenClassification` with ALiBi."""
+
+    config: AlibiGPT2Config
+
+
+class AlibiGPT2ForQuestionAnswering(AlibiModel, gpt2.GPT2ForQuestionAnswering):
+    """`GPT2ForQuestionAnswering` with ALiBi."""
+
+    config: AlibiGPT2Config
+
+
+class AlibiLlamaModel(AlibiModel, llama.LlamaModel):
+    """`LlamaModel` with ALiBi."""
+
+    config: AlibiLlamaConfig
+
+
+class AlibiLlamaForCausalLM(AlibiModel, llama.LlamaForCausalLM):
+    """`LlamaForCausalLM` with ALiBi; `from_pretrained` of a plain LLaMA checkpoint converts it."""
+
+    config: AlibiLlamaConfig
+
+
+class AlibiLlamaForSequenceClassification(AlibiModel, llama.LlamaForSequenceClassification):
+    """`LlamaForSequenceClassification` with ALiBi."""
+
+    config: AlibiLlamaConfig
+
+
+class AlibiLlamaForTokenClassification(AlibiModel, llama.LlamaForTokenClassification):
+    """`LlamaForTokenClassification` with ALiBi."""
+
+    config: AlibiLlamaConfig
+
+
+class AlibiLlamaForQuestionAnswering(AlibiModel, llama.LlamaForQuestionAnswering):
+    """`LlamaForQuestionAnswering` with ALiBi."""
+
+    config: AlibiLlamaConfig
+
+
+MODEL_CLASSES: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
+    alibi_class.__mro__[2]: alibi_class for alibi_class in AlibiModel.__subclasses__()
+}
+"""From a model class of transformers to its ALiBi form."""

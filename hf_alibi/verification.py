@@ -1,0 +1,192 @@
+"""`verify_alibi`: proof, on the very model at hand, that every self-attention layer applies exactly the bias."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from .attention import BACKENDS, alibi_name, register_backends
+from .attention.head_slopes import head_slopes
+from .errors import VerificationError
+from .families import is_alibi, self_attentions
+
+__all__ = ["LayerReport", "verify_alibi"]
+
+_LENGTH = 16
+_PADDING = 5
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What `verify_alibi` found in one self-attention layer."""
+
+    layer: str
+    """Name of the module in the model."""
+    slopes: tuple[float, ...]
+    """Slopes measured at the layer's attention, one a head, logits per token."""
+    error: float
+    """Largest difference of the attention's output to the float64 reference, over the largest value."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a layer's attention; the output is (batch, queries, heads, head_dim)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    scaling: float
+
+
+def verify_alibi(model: PreTrainedModel) -> list[LayerReport]:
+    """Prove that every self-attention layer of `model` applies exactly the bias that its config says.
+
+    A short random batch goes through, once without and once with left padding. Each layer's own queries, keys and
+    values are compared with a dense float64 attention, each head's slope is measured, and changed position ids must
+    change nothing. Weights, modes and the random state stay as they are.
+
+    Returns one report a layer, in order.
+
+    Raises ValueError for a model that is not converted, VerificationError, which names the layer, where something
+    else than the bias is applied.
+    """
+    if not is_alibi(model.config):
+        raise ValueError(f"{type(model).__name__} has no ALiBi; convert it with hf_alibi.apply_alibi(model)")
+    layers = dict(self_attentions(model))
+    if not layers:
+        raise VerificationError(f"{type(model).__name__} has no self-attention layer that ALiBi knows")
+    plain = torch.ones(2, _LENGTH, dtype=torch.long, device=model.device)
+    padded = plain.clone()
+    padded[1, :_PADDING] = 0
+    with _at_rest(model):
+        errors = dict.fromkeys(layers, 0.0)
+        for mask in (plain, padded):
+            with _recorded_calls() as calls:
+                _hidden_states(model, mask)
+            for name, layer in layers.items():
+                if layer not in calls:
+                    raise VerificationError(f"layer {name} never called an ALiBi attention: it runs without the bias")
+                errors[name] = max(errors[name], _compare(name, layer, calls[layer], mask))
+        _check_positions(model, plain)
+        return [
+            LayerReport(name, _measured_slopes(name, layer, calls[layer]), errors[name])
+            for name, layer in layers.items()
+        ]
+
+
+@contextmanager
+def _at_rest(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without gradients or compiled code; each module's mode comes back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _recorded_calls() -> Iterator[dict[nn.Module, _Call]]:
+    """The last call of each layer to an ALiBi attention function while the context is open."""
+    calls: dict[nn.Module, _Call] = {}
+
+    def recording(attention: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[Tensor, Any]]:
+        def record(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Any]:
+            output, weights = attention(module, query, key, value, *args, **kwargs)
+            scaling = kwargs.get("scaling")
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            calls[module] = _Call(query, key, value, output, scaling)
+            return output, weights
+
+        return record
+
+    for name, attention in BACKENDS.items():
+        AttentionInterface.register(alibi_name(name), recording(attention))
+    try:
+        yield calls
+    finally:
+        register_backends()
+
+
+def _hidden_states(model: PreTrainedModel, mask: Tensor, **kwargs: Any) -> Tensor:
+    embeddings: Any = model.get_input_embeddings()
+    # Of its own generator, so that the user's random state is not moved.
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(embeddings.num_embeddings, mask.shape, generator=generator).to(mask.device)
+    output: Any = model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False, **kwargs)
+    hidden_states: Tensor = output.last_hidden_state
+    return hidden_states
+
+
+def _expected_slopes(layer: nn.Module, heads: int, context: Tensor) -> Tensor:
+    """float64 (batch or 1, heads, queries or 1, 1) of queries that see `context` (batch or 1, 1, queries) tokens."""
+    return head_slopes(layer.config, heads, context.device).for_queries(context).double()
+
+
+def _compare(name: str, layer: nn.Module, call: _Call, mask: Tensor) -> float:
+    """The layer's largest error against dense float64 attention; raises where it is more than rounding."""
+    query, key, value = call.query.double(), call.key.double(), call.value.double()
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    position = mask.cumsum(dim=-1)
+    distance = (position[:, :, None] - position[:, None, :])[:, None].double()
+    slopes = _expected_slopes(layer, query.shape[1], position[:, None])
+    logits = query @ key.transpose(-1, -2) * call.scaling - slopes * distance
+    hidden = ~(torch.ones_like(distance, dtype=torch.bool).tril() & mask.bool()[:, None, None, :])
+    largest_logit = logits.abs().masked_fill(hidden, 0.0).max().item()
+    # Padding sees nothing; its output means nothing and is left out.
+    expected = (logits.masked_fill(hidden, -torch.inf).softmax(dim=-1) @ value).transpose(1, 2)[mask.bool()]
+    difference = (call.output.double()[mask.bool()] - expected).abs().max().item()
+    error = difference / value.abs().max().clamp(min=1e-30).item()
+    rounding = 8 * torch.finfo(call.output.dtype).eps + 16 * torch.finfo(torch.float32).eps * largest_logit
+    if not error <= rounding:
+        raise VerificationError(
+            f"layer {name} does not apply the ALiBi bias of its config: output differs from float64 attention by "
+            f"{error:.2e} of the largest value, rounding explains {rounding:.2e}"
+        )
+    return error
+
+
+def _measured_slopes(name: str, layer: nn.Module, call: _Call) -> tuple[float, ...]:
+    """Slopes read off the layer's attention: with equal logits, one token of distance costs exactly the slope."""
+    heads, key_heads, width = call.query.shape[1], call.key.shape[1], call.query.shape[-1]
+    zeros = {"dtype": torch.float64, "device": call.query.device}
+    value = torch.zeros(1, key_heads, 2, width, **zeros)
+    value[:, :, 0] = 1
+    attention = AttentionInterface().get_interface(layer.config._attn_implementation, None)
+    output, _ = attention(
+        layer, torch.zeros(1, heads, 2, width, **zeros), torch.zeros_like(value), value, None, scaling=call.scaling
+    )
+    first = output[0, 1, :, 0]
+    seen = (1 - first).log() - first.log()
+    context = torch.tensor([[[1, 2]]], device=call.query.device)
+    expected = _expected_slopes(layer, heads, context).expand(1, heads, 2, 1)[0, :, 1, 0]
+    if not torch.allclose(seen, expected, rtol=1e-5, atol=1e-7):
+        raise VerificationError(f"layer {name} has slopes {seen.tolist()}, its config says {expected.tolist()}")
+    return tuple(seen.tolist())
+
+
+def _check_positions(model: PreTrainedModel, mask: Tensor) -> None:
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        return
+    # Stretched, not shifted: rotary positions cannot tell a shift.
+    stretched = 3 * torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+    default = _hidden_states(model, mask)
+    changed = (_hidden_states(model, mask, position_ids=stretched) - default).abs().max().item()
+    if not changed <= 8 * torch.finfo(default.dtype).eps * default.abs().max().item():
+        raise VerificationError(
+            f"position ids change the output of {type(model.base_model).__name__} by {changed:.2e}: "
+            "positions are still added beside ALiBi"
+        )
