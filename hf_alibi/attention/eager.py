@@ -24,7 +24,7 @@ def eager_alibi_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention with the ALiBi bias; logits and softmax in float32 or wider.
+    """Causal attention with the ALiBi bias, computed in float32 or wider whatever the type of the inputs.
 
     Args:
         module: the self-attention layer; its config holds the slopes.
@@ -43,14 +43,16 @@ def eager_alibi_attention(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
+    wide = torch.promote_types(query.dtype, torch.float32)
     # Autocast would take the product of two float32 tensors in a half type.
     with torch.autocast(query.device.type, enabled=False):
-        wide = torch.promote_types(query.dtype, torch.float32)
         logits = query.to(wide) @ key.to(wide).transpose(-1, -2) * scaling
-    logits = logits + alibi_bias(slopes.for_queries(allowed.sum(dim=-1)), allowed)
-    if added is not None:
-        logits = logits + added
-    # A query that may see nothing (padding) gets zeros, not the NaN of a softmax over nothing.
-    weights = logits.softmax(dim=-1).masked_fill(~allowed.any(dim=-1, keepdim=True), 0.0).to(value.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
+        logits = logits + alibi_bias(slopes.for_queries(allowed.sum(dim=-1)), allowed)
+        if added is not None:
+            logits = logits + added
+        # A query that may see nothing (padding) gets zeros, and finite gradients on the way.
+        logits = logits.masked_fill(~allowed, torch.finfo(wide).min)
+        weights = logits.softmax(dim=-1).masked_fill(~allowed.any(dim=-1, keepdim=True), 0.0)
+        weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+        output = (weights @ value.to(wide)).to(value.dtype)
+    return output.transpose(1, 2).contiguous(), weights.to(value.dtype)

@@ -22,11 +22,10 @@ from .inputs import refuse_unsupported, visible_keys
 
 __all__ = ["sdpa_alibi_attention"]
 
-# Up to this many queries the plain causal kernel takes all of them at once: positions are then at most half as far
-# from the centre, and slope × position keeps an absolute error of about 3e-5 in float32.
-_SINGLE_CALL = 2048
-# Beyond, queries are taken in blocks whose positions count from their own centre: near keys, the ones whose logits
-# matter, then have small positions and the error stays as small at any length.
+# Up to this many queries the plain causal kernel takes all of them at once. Beyond, queries are taken in blocks whose
+# positions count from their own centre: near keys, the ones whose logits matter, then have small positions, and
+# slope × position keeps its precision at any length.
+_SINGLE_CALL = 2**14
 _CAUSAL_ROWS = 256
 # Entries of a dense (batch, heads, rows, keys) matrix that may stand in memory at a time: 64 MiB in float32.
 _DENSE_ENTRIES = 2**24
@@ -98,15 +97,17 @@ def _causal_block(
     device = query.device
     context = torch.arange(first + 1, end + 1, device=device)[None, None]
     positions = torch.arange(end, device=device) - (first + end) // 2
-    left, right = _bias_factors(slopes.for_queries(context) / scaling, positions, end, query.dtype)
+    left, right = _bias_factors(slopes.for_queries(context) / scaling, positions[first:], positions, query.dtype)
     extra = left.shape[-1]
     # Kernels on accelerators want widths that are multiples of 8.
     spare = 0 if device.type == "cpu" else -(query.shape[-1] + extra) % 8
-    left = pad(left, (0, spare)).expand(*query.shape[:3], -1)
-    right = pad(right, (0, spare)).expand(*key.shape[:3], -1)
+    left = left.expand(*query.shape[:3], -1)
+    right = right.expand(*key.shape[:3], -1)
     output = scaled_dot_product_attention(
-        torch.cat([query, left], dim=-1),
-        torch.cat([key, right], dim=-1),
+        # The factors stand first: where a kernel sums in order, slope × distance is complete, and small for near
+        # keys, before anything is added that large partial sums would round away.
+        torch.cat([left, pad(query, (0, spare))], dim=-1),
+        torch.cat([right, pad(key, (0, spare))], dim=-1),
         # The fused kernel on CPU needs values as wide as the keys.
         pad(value, (0, extra + spare)),
         attn_mask=causal_rows(first, rows, end, device) if first else None,
@@ -118,32 +119,38 @@ def _causal_block(
     return output[..., : value.shape[-1]]
 
 
-def _bias_factors(slopes: Tensor, positions: Tensor, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Factors (…, queries or 1, n) and (keys, n) in `dtype` whose product is slope × position.
+def _bias_factors(slopes: Tensor, queries: Tensor, keys: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Factors (…, queries or 1, n) and (keys, n) in `dtype`; their product is the bias up to a constant per row.
 
     Args:
         slopes: float32 (…, queries or 1, 1), already divided by the scaling of the logits.
-        positions: integers (keys,), none further from 0 than `end`.
-        end: number of keys.
-        dtype: of the queries.
+        queries: integer positions of the queries.
+        keys: integer positions of the keys; those of half types are written in digits to base 256.
+        dtype: of queries and keys.
 
-    Half types hold integers up to 256 and 8 bits of a slope exactly. There, positions are written in digits to base
-    256 and each digit's slope is split into a high and a low half, so that nothing is rounded but the last half.
+    Every product is exact. A slope is split into the 8 bits that a bfloat16 holds and the rest, so that in float32
+    the product with a position has no more than 24 bits, and slope × query position can be taken off again in the
+    same sum. Half types hold integers up to 256, so that there each digit of the position has its own factor.
     """
     if torch.finfo(dtype).bits >= 32:
-        return slopes.to(dtype), positions[:, None].to(dtype)
-    left, right, unit = [], [], 1
-    rest = positions
+        high = slopes.bfloat16().to(dtype)
+        low = slopes.to(dtype) - high
+        back = -queries[:, None].to(dtype)
+        left = torch.cat(torch.broadcast_tensors(high, high * back, low, low * back), dim=-1)
+        position = keys.to(dtype)
+        one = torch.ones_like(position)
+        return left, torch.stack([position, one, position, one], dim=-1)
+    factors, digits, unit, rest = [], [], 1, keys
     while True:
-        last = unit * 256 >= end
+        last = unit * 256 >= keys.shape[0]
         digit = rest if last else (rest + 128) % 256 - 128
         # float16 overflows only where the bias is far beyond what softmax can tell from minus infinity.
         weight = (slopes * unit).clamp(max=torch.finfo(dtype).max)
         high = weight.to(dtype)
-        left += [high, (weight - high.float()).to(dtype)]
-        right += [digit.to(dtype)] * 2
+        factors += [high, (weight - high.float()).to(dtype)]
+        digits += [digit.to(dtype)] * 2
         if last:
-            return torch.cat(left, dim=-1), torch.stack(right, dim=-1)
+            return torch.cat(factors, dim=-1), torch.stack(digits, dim=-1)
         rest = (rest - digit) // 256
         unit *= 256
 
