@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .bias import build_alibi_tensor
 from .configuration import AlibiConfig, AlibiGPT2Config, AlibiLlamaConfig
-from .errors import InputError
+from .errors import InputError, VerificationError
 from .families import supported_families
 from .modeling import (
     AlibiGPT2DoubleHeadsModel,
@@ -23,6 +23,30 @@ from .patching import apply_alibi
 from .registration import register
 from .slopes import alibi_slopes
 from .verification import verify_alibi
+
+__all__ = [
+    "AlibiConfig",
+    "AlibiGPT2Config",
+    "AlibiGPT2DoubleHeadsModel",
+    "AlibiGPT2ForQuestionAnswering",
+    "AlibiGPT2ForSequenceClassification",
+    "AlibiGPT2ForTokenClassification",
+    "AlibiGPT2LMHeadModel",
+    "AlibiGPT2Model",
+    "AlibiLlamaConfig",
+    "AlibiLlamaForCausalLM",
+    "AlibiLlamaForQuestionAnswering",
+    "AlibiLlamaForSequenceClassification",
+    "AlibiLlamaForTokenClassification",
+    "AlibiLlamaModel",
+    "InputError",
+    "VerificationError",
+    "alibi_slopes",
+    "apply_alibi",
+    "build_alibi_tensor",
+    "supported_families",
+    "verify_alibi",
+]
 
 try:
     __version__ = version("hf-alibi")

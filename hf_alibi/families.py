@@ -9,7 +9,15 @@ from typing import Literal
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["FAMILIES", "ModelFamily", "family_of", "is_alibi", "position_limit", "self_attentions", "supported_families"]
+__all__ = [
+    "FAMILIES",
+    "ModelFamily",
+    "family_of",
+    "is_alibi",
+    "position_limit",
+    "self_attentions",
+    "supported_families",
+]
 
 
 @dataclass(frozen=True)

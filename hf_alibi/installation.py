@@ -32,6 +32,10 @@ class LayerConfig:
     def _attn_implementation(self) -> str:
         return alibi_name(self.__dict__["_config"]._attn_implementation)
 
+    @_attn_implementation.setter
+    def _attn_implementation(self, name: str) -> None:
+        self.__dict__["_config"]._attn_implementation = name
+
     def __getattr__(self, name: str) -> Any:
         # Python asks for special methods when it copies and pickles; the config's must not answer for the view.
         if name.startswith("__") or "_config" not in self.__dict__:
@@ -45,9 +49,7 @@ class LayerConfig:
         self.__dict__.update(state)
 
 
-def install_alibi(
-    model: PreTrainedModel, classes: Mapping[type[PreTrainedModel], type[PreTrainedModel]]
-) -> None:
+def install_alibi(model: PreTrainedModel, classes: Mapping[type[PreTrainedModel], type[PreTrainedModel]]) -> None:
     """Turn `model`, whose config is already the ALiBi one, and the models inside it into their ALiBi form, in place.
 
     Args:
@@ -55,6 +57,7 @@ def install_alibi(
         classes: the ALiBi class of each class of transformers.
 
     Installing twice changes nothing, so a model may be built of parts that did it already.
+
     """
     for part in model.modules():
         if type(part) in classes:
@@ -70,7 +73,8 @@ def install_alibi(
     ignored = {rf"(^|\.){re.escape(family.positions)}\."}
     model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
     for _, attention in self_attentions(model):
-        attention.config = LayerConfig(model.config)
+        # Past the types of torch: a config is no tensor and no module.
+        attention.__dict__["config"] = LayerConfig(model.config)
 
 
 def _without_positions(kind: str, positions: nn.Module) -> nn.Module:

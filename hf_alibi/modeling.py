@@ -31,8 +31,8 @@ class AlibiModel:
     """What every ALiBi model class shares; it stands before the class of transformers that it converts."""
 
     def __init__(self, config: AlibiConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        install_alibi(self, MODEL_CLASSES)  # type: ignore[arg-type]
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        install_alibi(self, MODEL_CLASSES)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """The implementation to use, as transformers decides. Raises ValueError for one that has no ALiBi form."""

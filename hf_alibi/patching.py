@@ -35,6 +35,7 @@ def apply_alibi(model: Model, *, slopes: Sequence[float] | None = None) -> Model
     Raises TypeError for what is no `PreTrainedModel`; ValueError for a family or class that has no ALiBi form, a
     model that is converted already, an attention implementation without ALiBi form, and slopes that do not fit the
     heads. After an error the model is as it was.
+
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -58,7 +59,9 @@ def _alibi_config(model: PreTrainedModel, slopes: list[float] | None) -> AlibiCo
     family_of(stock)
     if type(model) not in MODEL_CLASSES or type(stock) not in CONFIG_CLASSES:
         known = ", ".join(sorted(known.__name__ for known in MODEL_CLASSES))
-        raise ValueError(f"no ALiBi form of {type(model).__name__} with {type(stock).__name__}; there is one of {known}")
+        raise ValueError(
+            f"no ALiBi form of {type(model).__name__} with {type(stock).__name__}; there is one of {known}"
+        )
     alibi_name(stock._attn_implementation)
     check_slopes(slopes, stock.num_attention_heads)
     # Of another class but with every value, private ones too, of the original, which stays as it was.

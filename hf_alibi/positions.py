@@ -23,6 +23,7 @@ class NoRotation(nn.Module):
 
     Args:
         width: rotated dimensions a head.
+
     """
 
     def __init__(self, width: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
@@ -22,9 +24,12 @@ def register() -> None:
     register_backends()
     for config, alibi_config in CONFIG_CLASSES.items():
         AutoConfig.register(alibi_config.model_type, alibi_config, exist_ok=True)
-        for auto_class in vars(modeling_auto).values():
-            if not (isinstance(auto_class, type) and issubclass(auto_class, _BaseAutoModelClass)):
-                continue
-            model = auto_class._model_mapping.get(config, None) if auto_class._model_mapping else None
+        for auto_class in _auto_model_classes():
+            model = auto_class._model_mapping.get(config, None)
             if model in MODEL_CLASSES:
                 auto_class.register(alibi_config, MODEL_CLASSES[model], exist_ok=True)
+
+
+def _auto_model_classes() -> list[Any]:
+    everything = vars(modeling_auto).values()
+    return [item for item in everything if isinstance(item, type) and issubclass(item, _BaseAutoModelClass)]

@@ -162,13 +162,11 @@ def _compare(name: str, layer: nn.Module, call: _Call, mask: Tensor) -> float:
 def _measured_slopes(name: str, layer: nn.Module, call: _Call) -> tuple[float, ...]:
     """Slopes read off the layer's attention: with equal logits, one token of distance costs exactly the slope."""
     heads, key_heads, width = call.query.shape[1], call.key.shape[1], call.query.shape[-1]
-    zeros = {"dtype": torch.float64, "device": call.query.device}
-    value = torch.zeros(1, key_heads, 2, width, **zeros)
+    query, key, value = (call.query.new_zeros(1, n, 2, width).double() for n in (heads, key_heads, key_heads))
     value[:, :, 0] = 1
-    attention = AttentionInterface().get_interface(layer.config._attn_implementation, None)
-    output, _ = attention(
-        layer, torch.zeros(1, heads, 2, width, **zeros), torch.zeros_like(value), value, None, scaling=call.scaling
-    )
+    config: Any = layer.config
+    attention = AttentionInterface().get_interface(config._attn_implementation, None)
+    output, _ = attention(layer, query, key, value, None, scaling=call.scaling)
     first = output[0, 1, :, 0]
     seen = (1 - first).log() - first.log()
     context = torch.tensor([[[1, 2]]], device=call.query.device)
@@ -181,10 +179,10 @@ def _measured_slopes(name: str, layer: nn.Module, call: _Call) -> tuple[float, .
 def _check_positions(model: PreTrainedModel, mask: Tensor) -> None:
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         return
-    # Stretched, not shifted: rotary positions cannot tell a shift.
-    stretched = 3 * torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+    # Reversed, not shifted: rotary positions cannot tell a shift, and a table may have no more rows.
+    reverse = torch.arange(mask.shape[1], device=mask.device).flip(0).expand(mask.shape)
     default = _hidden_states(model, mask)
-    changed = (_hidden_states(model, mask, position_ids=stretched) - default).abs().max().item()
+    changed = (_hidden_states(model, mask, position_ids=reverse) - default).abs().max().item()
     if not changed <= 8 * torch.finfo(default.dtype).eps * default.abs().max().item():
         raise VerificationError(
             f"position ids change the output of {type(model.base_model).__name__} by {changed:.2e}: "

@@ -13,7 +13,13 @@ def stock_config(family: str, heads: int = 4, **changes):
     """A small config; LLaMA with grouped heads where the count allows."""
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     if family == "gpt2":
-        sizes = {"n_embd": 8 * heads, "n_head": heads, "n_layer": 2, "n_positions": 32, "vocab_size": VOCABULARY}
+        sizes = {
+            "n_embd": 8 * heads,
+            "n_head": heads,
+            "n_layer": 2,
+            "n_positions": 32,
+            "vocab_size": VOCABULARY,
+        }
         # Larger than usual weights make attention uneven, so that a wrong bias shows.
         return GPT2Config(**{**sizes, "initializer_range": 0.2, **special, **changes})
     key_heads = {4: 2, 6: 2, 9: 3, 12: 4}.get(heads, heads)

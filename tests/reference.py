@@ -31,7 +31,13 @@ def visible(mask: Tensor, segments: Tensor | None = None) -> Tensor:
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, position: Tensor, head_slopes: Tensor, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    position: Tensor,
+    head_slopes: Tensor,
+    scaling: float,
 ) -> Tensor:
     """softmax(q k^T · scaling − slope · distance) v, head by head.
 

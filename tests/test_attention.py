@@ -37,7 +37,11 @@ def qkv(batch, heads, key_heads, queries, keys, width=16, dtype=torch.float32, s
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    return draw(batch, heads, queries, width), draw(batch, key_heads, keys, width), draw(batch, key_heads, keys, width)
+    return (
+        draw(batch, heads, queries, width),
+        draw(batch, key_heads, keys, width),
+        draw(batch, key_heads, keys, width),
+    )
 
 
 def run(backend, query, key, value, mask=None, module=None, **kwargs):
@@ -160,9 +164,13 @@ def test_windows_and_trees(backend):
     seen = torch.rand(1, 1, 30, 30, generator=torch.Generator().manual_seed(2)) < 0.4
     seen = seen.tril() | torch.eye(30, dtype=torch.bool)
     query, key, value = qkv(1, 4, 2, 30, 30)
-    truth = torch.stack([
-        expected(query[:, :, i : i + 1], key[:, :, row], value[:, :, row])[:, :, 0] for i, row in enumerate(seen[0, 0])
-    ], dim=2)
+    truth = torch.stack(
+        [
+            expected(query[:, :, i : i + 1], key[:, :, row], value[:, :, row])[:, :, 0]
+            for i, row in enumerate(seen[0, 0])
+        ],
+        dim=2,
+    )
     assert largest(run(backend, query, key, value, seen), truth) < EXACT
 
 

@@ -35,6 +35,7 @@ def eager_alibi_attention(
         dropout: probability, applied to the weights in training.
 
     Returns the output (batch, queries, heads, head_dim) and the weights (batch, heads, queries, keys).
+
     """
     refuse_unsupported("eager", module, kwargs)
     slopes = head_slopes(module.config, query.shape[1], query.device)

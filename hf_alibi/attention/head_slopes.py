@@ -28,6 +28,7 @@ class HeadSlopes:
 
         Args:
             context: (batch or 1, heads or 1, queries), tokens.
+
         """
         slopes = self.per_head[:, None, None]
         if self.dynamic is None:
@@ -50,14 +51,18 @@ def head_slopes(config: Any, num_heads: int, device: torch.device) -> HeadSlopes
         )
     scaling = config.alibi_scaling
     per_head = _per_head(
-        count if slopes is None else tuple(slopes), None if scaling is None else tuple(scaling.items()), device
+        count if slopes is None else tuple(slopes),
+        None if scaling is None else tuple(scaling.items()),
+        device,
     )
     if scaling is None or scaling["type"] != "dynamic":
         return HeadSlopes(per_head)
     return HeadSlopes(per_head, (config.alibi_train_length, scaling.get("factor")))
 
 
-def _build(slopes: int | tuple[float, ...], scaling: tuple[tuple[str, Any], ...] | None, device: torch.device) -> Tensor:
+def _build(
+    slopes: int | tuple[float, ...], scaling: tuple[tuple[str, Any], ...] | None, device: torch.device
+) -> Tensor:
     values = alibi_slopes(slopes) if isinstance(slopes, int) else torch.tensor(slopes, dtype=torch.float32)
     return scale_slopes(values, None if scaling is None else dict(scaling)).to(device)
 

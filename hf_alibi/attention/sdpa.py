@@ -53,6 +53,7 @@ def sdpa_alibi_attention(
         dropout: probability, applied to the weights.
 
     Returns the output (batch, queries, heads, head_dim) and None: this backend has no weights to show.
+
     """
     refuse_unsupported("sdpa", module, kwargs)
     slopes = head_slopes(module.config, query.shape[1], query.device)
@@ -69,7 +70,14 @@ def sdpa_alibi_attention(
     else:
         allowed, added = visible_keys(attention_mask, query, key)
         attend = partial(
-            _masked_block, key=key, value=value, allowed=allowed, added=added, slopes=slopes, scaling=scaling, dropout=dropout
+            _masked_block,
+            key=key,
+            value=value,
+            allowed=allowed,
+            added=added,
+            slopes=slopes,
+            scaling=scaling,
+            dropout=dropout,
         )
         # A graph with a block for every so many queries would be a new graph for every length.
         rows = queries if torch.compiler.is_compiling() else dense_rows
@@ -88,7 +96,14 @@ def _in_blocks(attend: Callable[[Tensor, int], Tensor], query: Tensor, rows: int
 
 
 def _causal_block(
-    query: Tensor, first: int, *, key: Tensor, value: Tensor, slopes: HeadSlopes, scaling: float, dropout: float
+    query: Tensor,
+    first: int,
+    *,
+    key: Tensor,
+    value: Tensor,
+    slopes: HeadSlopes,
+    scaling: float,
+    dropout: float,
 ) -> Tensor:
     """Queries `first`, `first` + 1, … over the keys up to the last of them, by the plain kernel."""
     rows = query.shape[2]
@@ -97,7 +112,9 @@ def _causal_block(
     device = query.device
     context = torch.arange(first + 1, end + 1, device=device)[None, None]
     positions = torch.arange(end, device=device) - (first + end) // 2
-    left, right = _bias_factors(slopes.for_queries(context) / scaling, positions[first:], positions, query.dtype)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    weights = slopes.for_queries(context).to(wide) / scaling
+    left, right = _bias_factors(weights, positions[first:], positions, query.dtype)
     extra = left.shape[-1]
     # Kernels on accelerators want widths that are multiples of 8.
     spare = 0 if device.type == "cpu" else -(query.shape[-1] + extra) % 8
@@ -123,7 +140,7 @@ def _bias_factors(slopes: Tensor, queries: Tensor, keys: Tensor, dtype: torch.dt
     """Factors (…, queries or 1, n) and (keys, n) in `dtype`; their product is the bias up to a constant per row.
 
     Args:
-        slopes: float32 (…, queries or 1, 1), already divided by the scaling of the logits.
+        slopes: float32 or wider (…, queries or 1, 1), already divided by the scaling of the logits.
         queries: integer positions of the queries.
         keys: integer positions of the keys; those of half types are written in digits to base 256.
         dtype: of queries and keys.
@@ -131,6 +148,7 @@ def _bias_factors(slopes: Tensor, queries: Tensor, keys: Tensor, dtype: torch.dt
     Every product is exact. A slope is split into the 8 bits that a bfloat16 holds and the rest, so that in float32
     the product with a position has no more than 24 bits, and slope × query position can be taken off again in the
     same sum. Half types hold integers up to 256, so that there each digit of the position has its own factor.
+
     """
     if torch.finfo(dtype).bits >= 32:
         high = slopes.bfloat16().to(dtype)
@@ -183,7 +201,8 @@ def _masked_block(
         dropout_p=dropout,
         scale=scaling,
     )
-    return output.unflatten(2, (-1, query.shape[2])).flatten(1, 2)
+    heads: Tensor = output.unflatten(2, (-1, query.shape[2])).flatten(1, 2)
+    return heads
 
 
 def _mask_type(bias: Tensor, query: Tensor) -> Tensor:
