@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .attention import alibi_name
 from .configuration import CONFIG_CLASSES, AlibiConfig, check_slopes
@@ -65,9 +65,11 @@ def _alibi_config(model: PreTrainedModel, slopes: list[float] | None) -> AlibiCo
     alibi_name(stock._attn_implementation)
     check_slopes(slopes, stock.num_attention_heads)
     # Of another class but with every value, private ones too, of the original, which stays as it was.
-    config: PreTrainedConfig = copy.deepcopy(stock)
+    config: Any = copy.deepcopy(stock)
     config.__class__ = CONFIG_CLASSES[type(stock)]
-    assert isinstance(config, AlibiConfig)
+    # A config that was read from a file carries its model type itself, which would hide that of the class.
+    vars(config).pop("model_type", None)
     config.alibi_slopes, config.alibi_train_length, config.alibi_scaling = slopes, None, None
     config.validate_alibi()
-    return config
+    alibi_config: AlibiConfig = config
+    return alibi_config

@@ -31,5 +31,6 @@ def register() -> None:
 
 
 def _auto_model_classes() -> list[Any]:
-    everything = vars(modeling_auto).values()
-    return [item for item in everything if isinstance(item, type) and issubclass(item, _BaseAutoModelClass)]
+    everything: list[Any] = [item for item in vars(modeling_auto).values() if isinstance(item, type)]
+    # The common base class stands among them, without a mapping.
+    return [item for item in everything if issubclass(item, _BaseAutoModelClass) and item._model_mapping is not None]

@@ -54,6 +54,22 @@ def test_converts_any_head_in_place_without_copying(family, auto_class):
     hf_alibi.verify_alibi(model)
 
 
+def test_converts_what_was_loaded_from_a_checkpoint(family, tmp_path):
+    """Config and weights come from files here, with private values that a fresh config has not."""
+    stock = stock_model(family)
+    stock.save_pretrained(tmp_path / "stock")
+    model = hf_alibi.apply_alibi(AutoModelForCausalLM.from_pretrained(tmp_path / "stock"))
+    assert model.config.model_type == f"alibi_{family}"
+    hf_alibi.verify_alibi(model)
+    model.save_pretrained(tmp_path / "alibi")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "alibi")
+    with torch.no_grad():
+        expected = hf_alibi.apply_alibi(stock)(tokens(1, 50)).logits
+        assert torch.equal(model(tokens(1, 50)).logits, expected)
+        assert torch.equal(loaded(tokens(1, 50)).logits, expected)
+    hf_alibi.verify_alibi(loaded)
+
+
 def test_converts_double_heads():
     model = hf_alibi.apply_alibi(GPT2DoubleHeadsModel(stock_config("gpt2", num_labels=1)))
     hf_alibi.verify_alibi(model)

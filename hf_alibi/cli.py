@@ -1,0 +1,96 @@
+"""The command line: `hf-alibi finetune CONFIG.yaml ...` and `hf-alibi extrapolate CONFIG.yaml ...`."""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rich.console import Console
+
+from hf_alibi.errors import InputError
+
+__all__ = ["main"]
+
+_USAGE = """\
+usage: hf-alibi COMMAND CONFIG.yaml [--field value ...]
+
+commands:
+  finetune      convert a model to ALiBi (or leave it alone) and train it
+  extrapolate   perplexity of trained models at lengths beyond training
+
+`hf-alibi COMMAND --help` lists every field; `hf-alibi --version` prints the version."""
+
+_INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 1 for input that cannot be used, 2 for wrong usage.
+
+    Input errors and errors of the operating system are one line on stderr; any other exception is a bug and
+    keeps its traceback.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    out = Console(markup=False, highlight=False, soft_wrap=True)
+    err = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    if words and words[0] in ("-h", "--help"):
+        out.print(_USAGE)
+        return 0
+    if words == ["--version"]:
+        out.print(f"hf-alibi {_version()}")
+        return 0
+    if not words or words[0] not in _COMMANDS:
+        given = f"no command {words[0]!r}" if words else "no command given"
+        err.print(f"hf-alibi: error: {given}; commands: {', '.join(_COMMANDS)}; see hf-alibi --help")
+        return 2
+    try:
+        _COMMANDS[words[0]](words[1:])
+    except (InputError, OSError) as error:
+        err.print(f"hf-alibi: error: {' '.join(str(error).split())}")
+        return 1
+    except KeyboardInterrupt:
+        err.print("hf-alibi: interrupted")
+        return _INTERRUPTED
+    return 0
+
+
+# The commands import what they need when they run: --help and usage errors need no torch.
+def _finetune(argv: Sequence[str]) -> None:
+    from accelerate import PartialState  # type: ignore[import-untyped]
+    from transformers.utils.logging import disable_progress_bar
+
+    from hf_alibi.plots import loss_curve
+    from hf_alibi.training import finetune
+
+    disable_progress_bar()  # of loading and writing files; training has its own
+    metrics = finetune(argv)
+    if not PartialState().is_main_process:
+        return
+    out = Console(markup=False, highlight=False, soft_wrap=True)
+    output_dir = Path(metrics["config"]["output_dir"])
+    try:
+        loss_curve(metrics, output_dir / "loss.png")
+    except InputError as error:  # no matplotlib: the run itself is complete
+        out.print(f"no loss.png: {error}")
+    if metrics["eval_loss"] is not None:
+        out.print(f"held-out loss {metrics['eval_loss']:.4f} nats per token after {metrics['steps']} steps")
+    out.print(f"saved to {output_dir}")
+
+
+def _extrapolate(argv: Sequence[str]) -> None:
+    from hf_alibi.extrapolation import extrapolate
+
+    extrapolate(argv)
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"finetune": _finetune, "extrapolate": _extrapolate}
+
+
+def _version() -> str:
+    try:
+        return version("hf-alibi")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

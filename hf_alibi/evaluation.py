@@ -1,0 +1,468 @@
+"""Perplexity of one model at several lengths, on the same scored tokens at every length."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby, islice, pairwise
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PretrainedConfig, PreTrainedModel
+
+from hf_alibi.errors import InputError
+from hf_alibi.families import position_limit
+
+__all__ = [
+    "CROPPED",
+    "FULL",
+    "NON_OVERLAPPING",
+    "OK",
+    "PROTOCOLS",
+    "SLIDING",
+    "Extrapolation",
+    "ExtrapolationRow",
+    "PositionBin",
+    "PositionLoss",
+    "Window",
+    "check_memory",
+    "check_protocol",
+    "evaluate_extrapolation",
+    "non_overlapping_windows",
+    "peak_bytes",
+    "sliding_windows",
+    "window_losses",
+]
+
+SLIDING = "sliding"
+NON_OVERLAPPING = "non_overlapping"
+PROTOCOLS = (SLIDING, NON_OVERLAPPING)
+FULL = "full"
+CROPPED = "cropped"
+OK = "ok"
+
+# Positions whose logits exist at one time: with a vocabulary of 50k, float32 logits take 0.2 GiB.
+_LOGITS_SLICE = 1024
+# exp overflows a float64 just above this.
+_MAX_NATS = 709.0
+
+
+@dataclass(frozen=True)
+class Window:
+    """One forward pass over ``tokens[start : start + length]``.
+
+    Input ``start + i`` predicts token ``start + i + 1``; the tokens from ``first_target`` to ``start +
+    length``, both included, are scored.
+    """
+
+    start: int
+    length: int
+    first_target: int
+
+    @property
+    def num_targets(self) -> int:
+        """Number of scored tokens."""
+        return self.start + self.length + 1 - self.first_target
+
+
+@dataclass(frozen=True)
+class ExtrapolationRow:
+    """One number of the comparison: a model at one length under one protocol.
+
+    ``context`` is "full" (all of the window) or "cropped" (never more than the training length).
+    ``nats_per_token``, ``perplexity`` and ``bits_per_byte`` are None where ``status`` is not "ok";
+    ``bits_per_byte`` is also None where the number of bytes is unknown. ``tokens`` is the number of
+    scored tokens.
+    """
+
+    model: str
+    protocol: str
+    length: int
+    context: str
+    nats_per_token: float | None
+    perplexity: float | None
+    bits_per_byte: float | None
+    tokens: int
+    status: str
+
+
+@dataclass(frozen=True)
+class PositionBin:
+    """Mean loss over positions ``first`` to ``last`` of a window, both included, counted from 1."""
+
+    first: int
+    last: int
+    nats_per_token: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class PositionLoss:
+    """Mean loss at each position of the non-overlapping windows of one length.
+
+    ``nats[p - 1]`` is the mean over ``windows`` windows of the loss of the target that sees exactly p tokens.
+    """
+
+    length: int
+    windows: int
+    nats: list[float]
+
+    def bins(self, per_octave: int = 2) -> list[PositionBin]:
+        """Averages over log-spaced bins of positions, ``per_octave`` to each doubling."""
+        edges = [1]
+        while edges[-1] <= self.length:
+            edges.append(max(edges[-1] + 1, round(edges[-1] * 2 ** (1 / per_octave))))
+        edges[-1] = self.length + 1
+        bins = []
+        for first, end in pairwise(edges):
+            nats = self.nats[first - 1 : end - 1]
+            bins.append(PositionBin(first, end - 1, math.fsum(nats) / len(nats), len(nats) * self.windows))
+        return bins
+
+
+@dataclass(frozen=True)
+class Extrapolation:
+    """What `evaluate_extrapolation` returns; ``position_loss`` is None for a model that runs at no length."""
+
+    rows: list[ExtrapolationRow]
+    position_loss: PositionLoss | None
+
+
+def sliding_windows(num_tokens: int, *, length: int, scored_tokens: int, stride: int) -> list[Window]:
+    """Windows that score their last ``stride`` targets only.
+
+    Every target sees ``length - stride + 1`` to ``length`` tokens. They score the last ``scored_tokens``
+    of ``num_tokens`` tokens once each; the last window may score fewer.
+    """
+    windows = []
+    for first in range(num_tokens - scored_tokens, num_tokens, stride):
+        last = min(first + stride, num_tokens) - 1
+        windows.append(Window(last - length, length, first))
+    return windows
+
+
+def non_overlapping_windows(num_tokens: int, *, length: int, scored_tokens: int) -> list[Window]:
+    """Windows that score all their ``length`` targets: the p-th target of a window sees p tokens.
+
+    They score the last ``scored_tokens`` of ``num_tokens`` tokens once each. Neighbours share one token,
+    the last target of one and the first input of the next, so that no token is lost at the join.
+    """
+    first_targets = range(num_tokens - scored_tokens, num_tokens, length)
+    return [Window(first - 1, length, first) for first in first_targets]
+
+
+def check_protocol(
+    num_tokens: int, *, lengths: Sequence[int], train_length: int, scored_tokens: int, stride: int
+) -> None:
+    """Check that lengths, stride and number of tokens fit together; raises `InputError` where not."""
+    if not lengths or min(lengths) < 1 or len(set(lengths)) != len(lengths):
+        raise InputError(f"lengths {list(lengths)} given; give one or more different numbers of tokens, each >= 1")
+    if train_length not in lengths:
+        raise InputError(
+            f"train_length {train_length} is not among lengths {list(lengths)}; add it, the comparison starts there"
+        )
+    if not 1 <= stride <= min(lengths):
+        raise InputError(f"stride {stride} given; allowed: 1 to the smallest length, {min(lengths)}")
+    multiple = math.lcm(*lengths)
+    if scored_tokens < 1 or scored_tokens % multiple:
+        nearest = max(1, round(scored_tokens / multiple)) * multiple
+        raise InputError(
+            f"scored_tokens {scored_tokens} given; windows of {', '.join(map(str, lengths))} tokens tile "
+            f"multiples of {multiple} only, so set it to {nearest}"
+        )
+    before = max(lengths) - min(stride, scored_tokens) + 1
+    if num_tokens < scored_tokens + before:
+        raise InputError(
+            f"the text has {num_tokens} tokens and {scored_tokens + before} are needed ({scored_tokens} "
+            f"scored and {before} before them as context of the longest length {max(lengths)}); "
+            "give more text, fewer scored_tokens or shorter lengths"
+        )
+
+
+def peak_bytes(
+    config: PretrainedConfig, *, length: int, batch: int, dtype: torch.dtype, sliced_logits: bool = True
+) -> int:
+    """Rough upper bound, in bytes, of what a pass over (batch, length) tokens takes beside the weights.
+
+    Counts one layer's activations, the logits with their float32 copy and log-softmax, and, where the
+    attention implementation is "eager", the (batch, heads, length, length) scores with their float32
+    softmax.
+    """
+    text = config.get_text_config()
+    tokens = batch * length
+    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+    total = tokens * (12 * text.hidden_size + 4 * inner) * dtype.itemsize
+    total += (min(tokens, _LOGITS_SLICE) if sliced_logits else tokens) * text.vocab_size * 12
+    if config._attn_implementation == "eager":
+        total += batch * text.num_attention_heads * length**2 * (2 * dtype.itemsize + 4)
+    return int(total)
+
+
+def check_memory(
+    config: PretrainedConfig,
+    *,
+    length: int,
+    batch: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    sliced_logits: bool = True,
+    weight_bytes: int = 0,
+) -> None:
+    """Check that a pass over (batch, length) tokens fits in free memory; raises `InputError` where not.
+
+    ``weight_bytes`` counts weights that are still to be loaded.
+    """
+    needed = weight_bytes + peak_bytes(config, length=length, batch=batch, dtype=dtype, sliced_logits=sliced_logits)
+    available = _available_bytes(device)
+    if needed > available:
+        eager = config._attn_implementation == "eager"
+        remedy = " or attn_implementation sdpa, which needs no length x length scores" if eager else ""
+        raise InputError(
+            f"length {length} needs about {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB of memory "
+            f"is free; use shorter lengths{remedy}"
+        )
+
+
+def _available_bytes(device: torch.device) -> int:
+    """Free bytes on a device, with what torch holds in its cache and can use again."""
+    if device.type == "cuda":
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + reusable)
+    return int(psutil.virtual_memory().available)
+
+
+def evaluate_extrapolation(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    *,
+    lengths: Sequence[int],
+    train_length: int,
+    scored_tokens: int,
+    stride: int,
+    num_bytes: int | None = None,
+    name: str = "model",
+    cropped: bool = False,
+    batch_tokens: int | None = None,
+    progress: bool = True,
+) -> Extrapolation:
+    """Perplexity of a causal language model at each length, and its loss by position.
+
+    The last ``scored_tokens`` tokens of ``tokens`` (shape (num_tokens,), int64) are scored, the same ones
+    at every length, every token once and with equal weight; only the context before them varies. Two
+    protocols, both reported:
+
+    - ``sliding``: a window of ``length`` tokens moves by ``stride`` and scores only its last ``stride``
+      targets, so that every target sees ``length - stride + 1`` to ``length`` tokens.
+    - ``non_overlapping``: windows lie end to end and score all their targets, which see 1 to ``length``
+      tokens.
+
+    Why both: the first targets of a window have little to go by and are hard to predict (the early-token
+    curse, Press et al. 2022, appendix B). Under ``non_overlapping`` longer windows leave fewer such
+    targets, so perplexity falls with length even for a model that uses only the few tokens before each
+    target: a falling curve is no evidence that the distant context helps. It is nevertheless what most
+    papers print, and the loss in the cheapest use of a model. Under ``sliding`` every target has at least
+    ``length - stride + 1`` tokens before it, so what changes with length is what the model makes of the
+    tokens added far away; the smaller the stride, the truer. With a stride equal to the length the two
+    protocols are one and the same.
+
+    A model with a learned position table of N rows gets rows without numbers and the status "cannot run:
+    ..." at lengths beyond N. With ``cropped`` there are further rows of context "cropped": the same
+    model, never shown more than the last ``train_length`` tokens, so that beyond ``train_length`` its
+    value is that at ``train_length``.
+
+    ``num_bytes`` is the number of UTF-8 bytes of the scored tokens (None: no bits per byte).
+    ``batch_tokens`` is the number of tokens in one forward pass (default: the longest length, so that
+    short windows cost no more memory than the longest). Runs on the model's device, in evaluation mode,
+    without gradients; the mode is restored.
+
+    Raises `InputError` where lengths and tokens do not fit together, before any work where the longest
+    length will not fit in memory, and where a loss is not finite.
+    """
+    _check_model_and_tokens(model, tokens, name)
+    check_protocol(len(tokens), lengths=lengths, train_length=train_length, scored_tokens=scored_tokens, stride=stride)
+    limit = position_limit(model)
+    runnable = [length for length in sorted(lengths) if limit is None or length <= limit]
+    plan: dict[tuple[str, int], list[Window]] = {}
+    for length in runnable:
+        plan[SLIDING, length] = sliding_windows(len(tokens), length=length, scored_tokens=scored_tokens, stride=stride)
+        plan[NON_OVERLAPPING, length] = non_overlapping_windows(len(tokens), length=length, scored_tokens=scored_tokens)
+    losses = _plan_losses(model, tokens, plan, name=name, batch_tokens=batch_tokens, progress=progress)
+
+    rows = []
+    for context in (FULL, CROPPED) if cropped else (FULL,):
+        for protocol in PROTOCOLS:
+            for length in sorted(lengths):
+                read = min(length, train_length) if context == CROPPED else length
+                nats, perplexity, bits, status = _numbers(losses.get((protocol, read)), num_bytes, limit)
+                rows.append(
+                    ExtrapolationRow(
+                        model=name,
+                        protocol=protocol,
+                        length=length,
+                        context=context,
+                        nats_per_token=nats,
+                        perplexity=perplexity,
+                        bits_per_byte=bits,
+                        tokens=scored_tokens,
+                        status=status,
+                    )
+                )
+    if not runnable:
+        return Extrapolation(rows, None)
+    by_window = losses[NON_OVERLAPPING, runnable[-1]].double().view(-1, runnable[-1])
+    return Extrapolation(rows, PositionLoss(runnable[-1], len(by_window), by_window.mean(0).tolist()))
+
+
+def _check_model_and_tokens(model: PreTrainedModel, tokens: Tensor, name: str) -> None:
+    """Check for a causal language model and for tokens inside its vocabulary; raises `InputError`."""
+    head = model.get_output_embeddings()
+    if head is None or model.config.is_encoder_decoder:
+        raise InputError(f"model {name!r} is a {type(model).__name__}; perplexity needs a causal language model")
+    if tokens.dim() != 1 or tokens.dtype != torch.int64:
+        raise InputError(f"tokens of shape {tuple(tokens.shape)}, {tokens.dtype}; give one dimension of torch.int64")
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise InputError(
+            f"the text has token ids from {low} to {high}, and model {name!r} knows 0 to {vocabulary - 1}; "
+            "use the tokenizer that the model was trained with"
+        )
+
+
+def _plan_losses(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    plan: dict[tuple[str, int], list[Window]],
+    *,
+    name: str,
+    batch_tokens: int | None,
+    progress: bool,
+) -> dict[tuple[str, int], Tensor]:
+    """Losses of every entry of the plan, (protocol, length) -> windows; the longest must fit in memory."""
+    if not plan:
+        return {}
+    longest = max(length for _, length in plan)
+    batch_tokens = batch_tokens or longest
+    losses = {}
+    with _evaluating(model):
+        sliced = _logits_follow_from_hidden_states(model, tokens)
+        check_memory(
+            model.config,
+            length=longest,
+            batch=max(1, batch_tokens // longest),
+            dtype=model.dtype,
+            device=model.device,
+            sliced_logits=sliced,
+        )
+        total = sum(window.length for windows in plan.values() for window in windows)
+        with _progress(name, total, shown=progress) as advance:
+            for (protocol, length), windows in plan.items():
+                batch = max(1, batch_tokens // length)
+                values = window_losses(model, tokens, windows, batch=batch, sliced_logits=sliced, advance=advance)
+                _check_finite(values, name=name, length=length)
+                losses[protocol, length] = values
+    return losses
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch to evaluation mode without gradients; every module gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _progress(name: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on stderr; yields the function that advances it by a number of tokens."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+        task = bar.add_task(f"evaluating {name}", total=total)
+        yield lambda tokens: bar.advance(task, tokens)
+
+
+def _logits_follow_from_hidden_states(model: PreTrainedModel, tokens: Tensor) -> bool:
+    """Whether logits are exactly the output embeddings applied to the last hidden states.
+
+    Not so where logits are capped, scaled or computed by a wrapper. Cap and scale are nearly the identity
+    on small logits, so nothing but rounding is tolerated.
+    """
+    ids = tokens[None, : min(16, len(tokens))].to(model.device)
+    hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+    if hidden is None:
+        return False
+    expected = model(input_ids=ids, use_cache=False).logits.float()
+    given = model.get_output_embeddings()(hidden).float()
+    if given.shape != expected.shape:
+        return False
+    return bool(((given - expected).abs() <= 1e-6 * expected.abs().max()).all())
+
+
+def window_losses(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    windows: Iterable[Window],
+    *,
+    batch: int = 1,
+    sliced_logits: bool = False,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> Tensor:
+    """Cross-entropy of every scored token of the windows, in their order.
+
+    Returns a float32 CPU tensor of shape (scored tokens,), in nats. ``batch`` windows make one forward
+    pass. With ``sliced_logits`` the output embeddings are applied to 1024 hidden states at a time, so
+    that (length, vocabulary) logits never exist; right only for models whose logits are exactly that.
+    ``advance`` is told the input tokens done.
+    """
+    losses = []
+    for group in _batches(windows, batch):
+        ids = torch.stack([tokens[w.start : w.start + w.length] for w in group]).to(model.device)
+        targets = torch.stack([tokens[w.first_target : w.start + w.length + 1] for w in group]).to(model.device)
+        if sliced_logits:
+            features = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            head = model.get_output_embeddings()
+        else:
+            features, head = model(input_ids=ids, use_cache=False).logits, nn.Identity()
+        # Input i predicts token i + 1, so the scored targets belong to the last positions.
+        features = features[:, -targets.shape[1] :].flatten(0, 1)
+        slices = zip(features.split(_LOGITS_SLICE), targets.flatten().split(_LOGITS_SLICE), strict=True)
+        losses += [F.cross_entropy(head(x).float(), y, reduction="none").cpu() for x, y in slices]
+        advance(ids.numel())
+    return torch.cat(losses)
+
+
+def _batches(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
+    """Yield lists of at most ``size`` neighbouring windows with the same number of inputs and of targets."""
+    for _, group in groupby(windows, key=lambda window: (window.length, window.num_targets)):
+        while batch := list(islice(group, size)):
+            yield batch
+
+
+def _check_finite(losses: Tensor, *, name: str, length: int) -> None:
+    """Check that losses are numbers and their perplexity fits a float; raises `InputError`."""
+    wrong = int((~losses.isfinite()).sum())
+    if wrong or float(losses.double().mean()) > _MAX_NATS:
+        what = f"{wrong} of {len(losses)} losses are NaN or infinite" if wrong else "the perplexity overflows"
+        raise InputError(
+            f"model {name!r}: {what} at length {length}; check its weights, or use dtype float32 where it overflows"
+        )
+
+
+def _numbers(
+    losses: Tensor | None, num_bytes: int | None, limit: int | None
+) -> tuple[float | None, float | None, float | None, str]:
+    """Nats a token, perplexity, bits per byte and status; ``losses`` is None where the model cannot run."""
+    if losses is None:
+        return None, None, None, f"cannot run: learned position table has {limit} rows"
+    nats = float(losses.double().mean())
+    bits_per_byte = nats * len(losses) / math.log(2) / num_bytes if num_bytes else None
+    return nats, math.exp(nats), bits_per_byte, OK

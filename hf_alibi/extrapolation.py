@@ -1,0 +1,379 @@
+"""`hf-alibi extrapolate`: compare models at lengths beyond their training length."""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from hf_alibi.data import DataArguments, count_bytes, load_tokenizer, load_tokens
+from hf_alibi.errors import InputError
+from hf_alibi.evaluation import Extrapolation, check_memory, check_protocol, evaluate_extrapolation
+from hf_alibi.families import is_alibi, position_limit
+from hf_alibi.plots import loss_by_position, perplexity_by_length, require_matplotlib
+from hf_alibi.report import protocol_title, table_rows, write_report
+from hf_alibi.results import Results, check_output_dir, environment, write_results
+from hf_alibi.settings import load_settings, one_line
+
+__all__ = ["ExtrapolateArguments", "Protocol", "compare", "extrapolate"]
+
+_MULTIPLES = (1, 2, 4, 8, 16)
+_NONE = "none"
+# A name on the hub: one or two parts, none of which is a step to another folder.
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+# Tokens on which the tokenizers of two models are compared.
+_SAMPLE_TOKENS = 4096
+
+
+class Protocol(NamedTuple):
+    """How much is scored, at which lengths; the arguments of `evaluate_extrapolation`, all in tokens."""
+
+    lengths: list[int]
+    train_length: int
+    scored_tokens: int
+    stride: int
+
+
+@dataclass(kw_only=True)
+class ExtrapolateArguments:
+    """Which models are compared, at which lengths."""
+
+    # Only beside None does HfArgumentParser take a mapping as a string, which is then JSON.
+    models: dict[str, str] | str | None = field(
+        default=None,
+        metadata={"help": 'Name to folder or hub name, e.g. {"alibi": "runs/alibi", "original": "gpt2"}.'},
+    )
+    train_length: int = field(metadata={"help": "Length in tokens that the models were trained at."})
+    output_dir: str = field(metadata={"help": "New or empty folder for results, report and plots."})
+    lengths: list[int] | None = field(
+        default=None, metadata={"help": "Evaluation lengths in tokens. Default: train_length x 1 2 4 8 16."}
+    )
+    scored_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Tokens scored, a multiple of every length. Default: 4 x the longest length."},
+    )
+    stride: int | None = field(
+        default=None, metadata={"help": "Stride of the sliding window. Default: half the shortest length."}
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Attention backend, such as eager or sdpa. Default: the library's choice."},
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
+        default="float32", metadata={"help": "Type of the weights; auto: as saved."}
+    )
+    cropped: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Models also shown with their context cropped to train_length. Default: those without "
+            f"ALiBi; {_NONE}: no model."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.models = _parse_models(self.models)
+        for name in self.cropped or ():
+            if name not in self.models and self.cropped != [_NONE]:
+                raise InputError(f"cropped names {name!r}; the models are {', '.join(self.models)} ({_NONE}: no model)")
+        if self.train_length < 1 or min(self.lengths or [1]) < 1:
+            raise InputError(f"train_length {self.train_length}, lengths {self.lengths}: each must be at least 1 token")
+
+    def protocol(self) -> Protocol:
+        """Return lengths and scored tokens with the defaults filled in."""
+        lengths = sorted(self.lengths or [self.train_length * multiple for multiple in _MULTIPLES])
+        return Protocol(
+            lengths=lengths,
+            train_length=self.train_length,
+            scored_tokens=4 * math.lcm(*lengths) if self.scored_tokens is None else self.scored_tokens,
+            stride=max(1, lengths[0] // 2) if self.stride is None else self.stride,
+        )
+
+
+def _parse_models(given: dict[str, str] | str | None) -> dict[str, str]:
+    """Return the mapping of names to sources, which the command line gives as JSON."""
+    try:
+        models = json.loads(given) if isinstance(given, str) else given
+    except json.JSONDecodeError as error:
+        raise InputError(f"models {given!r} is not JSON ({error}); give {{name: folder or hub name}}") from error
+    if not isinstance(models, dict) or not models or not all(isinstance(path, str) for path in models.values()):
+        raise InputError(f"models is {given!r}; it must be a mapping, {{name: folder or hub name, ...}}")
+    return {str(name): path for name, path in models.items()}
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A model on disk whose files were checked, and what can be known of it without its weights."""
+
+    name: str
+    given: str
+    folder: Path
+    config: PretrainedConfig
+    dtype: torch.dtype
+    parameters: int
+    position_limit: int | None
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the results say of this model."""
+        given = Path(self.given)
+        return {
+            # The folder alone: where it lies on this machine is nobody's business.
+            "source": given.name if given.is_absolute() else self.given,
+            "model_type": self.config.model_type,
+            "positions": self._positions(),
+            "attention": self.config._attn_implementation,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "parameters": self.parameters,
+            "position_limit": self.position_limit,
+        }
+
+    def _positions(self) -> str:
+        if is_alibi(self.config):
+            slopes = self.config.alibi_slopes
+            return "none (ALiBi, all slopes 0)" if slopes is not None and not any(slopes) else "ALiBi"
+        if self.position_limit is not None:
+            return f"learned table, {self.position_limit} rows"
+        return "its own"
+
+
+def extrapolate(argv: Sequence[str]) -> Results:
+    """Run `compare` with the settings of `CONFIG.yaml --field value ...`."""
+    return compare(*load_settings((ExtrapolateArguments, DataArguments), argv))
+
+
+def compare(args: ExtrapolateArguments, data: DataArguments) -> Results:
+    """Evaluate models at each length and write results, report and plots to ``args.output_dir``.
+
+    Output folder, model files, text, lengths and memory are checked for all models before the first is
+    evaluated; nothing is written before the last is. Models are in memory one at a time.
+
+    Returns what ``results.json`` holds. Raises `InputError` where something given cannot be used.
+    """
+    console = Console(highlight=False)
+    output_dir = Path(args.output_dir)
+    check_output_dir(output_dir)
+    require_matplotlib()
+    protocol = args.protocol()
+    sources = [_check_source(name, given, args) for name, given in _parse_models(args.models).items()]
+    tokenizer = load_tokenizer(data.tokenizer_name or str(sources[0].folder))
+    tokens = _load_tokens(data, tokenizer)
+    check_protocol(len(tokens), **protocol._asdict())
+    _check_vocabularies(sources, tokens, tokenizer, shared=data.tokenizer_name is not None)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for source in sources:
+        _check_source_memory(source, protocol, device)
+
+    num_bytes = count_bytes(tokens[-protocol.scored_tokens :], tokenizer)
+    done = {
+        source.name: _evaluate(source, tokens, protocol, device, num_bytes, cropped=_is_cropped(source, args))
+        for source in sources
+    }
+    results: Results = {
+        "kind": "extrapolation",
+        "settings": {**protocol._asdict(), "text": _describe_text(data), "scored_bytes": num_bytes},
+        "environment": environment(),
+        "models": {source.name: source.describe() for source in sources},
+        "rows": [asdict(row) for extrapolation in done.values() for row in extrapolation.rows],
+        "position_loss": dict(_position_losses(done)),
+    }
+    paths = _write(results, output_dir)
+    _print(results, paths, console)
+    return results
+
+
+def _check_source(name: str, given: str, args: ExtrapolateArguments) -> _Source:
+    """Find a model, check its config and its weight files, and build it without weights."""
+    folder = _local_folder(name, given)
+    _check_weights(name, folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        dtype = (config.dtype or torch.float32) if args.dtype == "auto" else getattr(torch, args.dtype)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=args.attn_implementation)
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        raise InputError(
+            f"model {name!r} ({given}) cannot be built: {one_line(error)}; give a causal language model that "
+            "transformers or hf-alibi saved"
+        ) from error
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return _Source(name, given, folder, model.config, dtype, parameters, position_limit(model))
+
+
+def _local_folder(name: str, given: str) -> Path:
+    """Return the folder of a model, downloading what the hub has under this name and no folder holds."""
+    if Path(given).is_dir():
+        return Path(given)
+    reason = ""
+    if _HUB_NAME.fullmatch(given):
+        try:
+            return Path(snapshot_download(given, allow_patterns=_HUB_FILES))
+        except (OSError, ValueError) as error:
+            reason = f", and the hub gives none ({one_line(error)})"
+    raise InputError(f"model {name!r}: there is no folder {given}{reason}; give an existing folder or a hub name")
+
+
+def _check_weights(name: str, folder: Path) -> None:
+    """Check that every weight file is there and as long as its header says; reads the headers only."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        else:
+            shards = ["model.safetensors"]
+        for shard in shards:
+            with safe_open(folder / shard, framework="pt"):
+                pass
+    except FileNotFoundError as error:
+        raise InputError(
+            f"model {name!r}: {folder} has no {shard}; give a folder written by save_pretrained"
+        ) from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(
+            f"model {name!r}: a weight file in {folder} is broken or cut short ({one_line(error)}); copy it again"
+        ) from error
+
+
+def _load_tokens(data: DataArguments, tokenizer: Tokenizer) -> Tensor:
+    """Return the held-out tokens, the only ones that are read here."""
+    held_out = load_tokens(data, tokenizer).held_out
+    if not len(held_out):
+        raise InputError("no text is held out; set validation_fraction above 0, or give validation_file")
+    return held_out
+
+
+def _check_vocabularies(sources: Sequence[_Source], tokens: Tensor, tokenizer: Tokenizer, *, shared: bool) -> None:
+    """Check that all models read the same tokens: perplexities of different vocabularies do not compare.
+
+    ``shared`` says that the tokenizer was named for all models; then one may have no tokenizer of its own.
+    """
+    text = tokenizer.decode(tokens[-_SAMPLE_TOKENS:].tolist(), skip_special_tokens=True)
+    expected = tokenizer.encode(text, add_special_tokens=False)
+    sizes = {source.name: source.config.get_text_config().vocab_size for source in sources}
+    if len(set(sizes.values())) > 1:
+        raise InputError(
+            f"the vocabularies have different sizes ({sizes}), so the perplexities would not compare; "
+            "compare models that share one tokenizer"
+        )
+    for source in sources:
+        if shared and not _has_tokenizer(source.folder):
+            continue
+        if load_tokenizer(str(source.folder)).encode(text, add_special_tokens=False) != expected:
+            raise InputError(
+                f"the tokenizer of model {source.name!r} splits the text otherwise than the one in use, so "
+                "the perplexities would not compare; compare models that share one tokenizer"
+            )
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))
+
+
+def _check_source_memory(source: _Source, protocol: Protocol, device: torch.device) -> None:
+    """Check that the longest length a model runs at fits in memory, its weights included."""
+    limit = source.position_limit
+    runnable = [length for length in protocol.lengths if limit is None or length <= limit]
+    if runnable:
+        check_memory(
+            source.config,
+            length=runnable[-1],
+            batch=1,
+            dtype=source.dtype,
+            device=device,
+            weight_bytes=source.parameters * source.dtype.itemsize,
+        )
+
+
+def _is_cropped(source: _Source, args: ExtrapolateArguments) -> bool:
+    return not is_alibi(source.config) if args.cropped is None else source.name in args.cropped
+
+
+def _evaluate(
+    source: _Source,
+    tokens: Tensor,
+    protocol: Protocol,
+    device: torch.device,
+    num_bytes: int,
+    *,
+    cropped: bool,
+) -> Extrapolation:
+    """Load a model, evaluate it and let go of it."""
+    model = _load(source).to(device)
+    try:
+        return evaluate_extrapolation(
+            model, tokens, num_bytes=num_bytes, name=source.name, cropped=cropped, **protocol._asdict()
+        )
+    finally:
+        del model
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _load(source: _Source) -> PreTrainedModel:
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=source.dtype,
+            attn_implementation=source.config._attn_implementation,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"model {source.name!r} ({source.given}) cannot be loaded: {one_line(error)}; check its files"
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # transformers fills them with random numbers, which would be evaluated as if they were the model.
+        raise InputError(
+            f"model {source.name!r}: {source.given} lacks {len(missing)} weights ({missing[0]}, ...); "
+            "give a complete checkpoint of this model type"
+        )
+    return model
+
+
+def _position_losses(done: dict[str, Extrapolation]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, extrapolation in done.items():
+        loss = extrapolation.position_loss
+        if loss is not None:
+            bins = [asdict(point) for point in loss.bins()]
+            yield name, {"length": loss.length, "windows": loss.windows, "bins": bins}
+
+
+def _describe_text(data: DataArguments) -> str:
+    if data.validation_file is not None:
+        return ", ".join(Path(path).name for path in data.validation_file)
+    source = data.dataset_name or ", ".join(Path(path).name for path in data.train_file or ())
+    return f"the last {data.validation_fraction:.3g} of the tokens of {source}"
+
+
+def _write(results: Results, output_dir: Path) -> list[Path]:
+    report, perplexity, position = (output_dir / name for name in ("report.md", "perplexity.png", "position_loss.png"))
+    data_files = write_results(results, output_dir)
+    perplexity_by_length(results, perplexity)
+    loss_by_position(results, position)
+    write_report(results, report)
+    return [*data_files, report, perplexity, position]
+
+
+def _print(results: Results, paths: Sequence[Path], console: Console) -> None:
+    """Print the perplexities, one table a protocol, and where the files are."""
+    for protocol in dict.fromkeys(row["protocol"] for row in results["rows"]):
+        table = Table(title=f"Perplexity. {protocol_title(results, protocol)}")
+        table.add_column("model")
+        for length in results["settings"]["lengths"]:
+            table.add_column(str(length), justify="right")
+        for name, cells in table_rows(results, protocol, "perplexity"):
+            table.add_row(name, *cells)
+        console.print(table)
+    for path in paths:
+        console.print(str(path), markup=False, soft_wrap=True)

@@ -1,0 +1,85 @@
+"""The model card of a fine-tuned checkpoint, made from its metrics."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_alibi.data import PYTHON_DOCS
+
+__all__ = ["model_card"]
+
+_ATTENTION = {
+    "alibi": "Attention with Linear Biases (ALiBi): no position embeddings, no maximum length but memory",
+    "original": "the architecture's own position embeddings, unchanged (a control for ALiBi)",
+    "nope": "no position information at all (a control for ALiBi)",
+}
+
+
+def model_card(metrics: dict[str, Any]) -> str:
+    """Return the README.md of a checkpoint: the hub's front matter, what it is, and how to load it.
+
+    `metrics` is what `training.train` returns.
+    """
+    config = metrics["config"]
+    base, is_hub_name = _public_name(config["model_name_or_path"])
+    name = Path(config["output_dir"]).name
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": [config["attention"]],
+    }
+    if config["attention"] == "alibi":
+        front["tags"] = ["alibi", "long-context"]
+    if is_hub_name:
+        front["base_model"] = base
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"A causal language model with {metrics['parameters']:,} parameters, made with hf-alibi.",
+        "",
+        f"- Started from: {base or 'random weights'}",
+        f"- Attention: {_ATTENTION[config['attention']]}",
+        f"- Training data: {_data_name(config)}",
+        f"- Training length: {config['block_size']} tokens; "
+        f"{metrics['steps']:,} steps, {metrics['tokens_seen']:,} tokens",
+        f"- Training loss: {_number(metrics['train_loss'])} nats per token",
+        f"- Held-out loss: {_number(metrics['eval_loss'])} nats per token, "
+        f"perplexity {_number(metrics['perplexity'])}, {_number(metrics['bits_per_byte'])} bits per byte "
+        f"(blocks of {config['block_size']} tokens)",
+        "",
+        "```python",
+        *([] if config["attention"] == "original" else ["import hf_alibi  # registers the ALiBi classes"]),
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        "```",
+        "",
+        "`config.yaml` holds every setting of the run, `metrics.json` every number.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _public_name(source: str | None) -> tuple[str | None, bool]:
+    """Return a model's name without any folder of the author's machine, and whether it is a hub name."""
+    if source is None:
+        return None, False
+    is_hub_name = not Path(source).exists() and source.count("/") <= 1
+    return (source if is_hub_name else Path(source).name), is_hub_name
+
+
+def _data_name(config: dict[str, Any]) -> str:
+    if config["train_file"] is not None:
+        return ", ".join(Path(path).name for path in config["train_file"])
+    if config["dataset_name"] == PYTHON_DOCS:
+        return f"{PYTHON_DOCS}, the help topics that ship with CPython"
+    return " ".join(part for part in (config["dataset_name"], config["dataset_config_name"]) if part)
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4g}"

@@ -1,0 +1,204 @@
+"""Pictures made from result files: perplexity against length, loss against position, loss against step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_alibi.errors import InputError
+from hf_alibi.results import Results, replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["loss_by_position", "loss_curve", "perplexity_by_length", "require_matplotlib"]
+
+# The palette of Okabe and Ito, which colour-blind readers can tell apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Above this ratio of largest to smallest value a linear axis squashes the small ones.
+_LOG_RATIO = 8.0
+_TITLES = {"sliding": "sliding window", "non_overlapping": "non-overlapping windows"}
+
+
+def perplexity_by_length(results: Results, path: Path) -> None:
+    """Draw perplexity against length, one panel a protocol, one line a model, as a PNG at ``path``.
+
+    Cropped baselines are dashed, the training length is a vertical line, and a model that cannot run at
+    the greater lengths ends in a cross.
+    """
+    rows, settings = results["rows"], results["settings"]
+    protocols = list(dict.fromkeys(row["protocol"] for row in rows))
+    colours = _colours(row["model"] for row in rows)
+    figure = _figure(width=5.6 * len(protocols), height=4.4)
+    panels = figure.subplots(1, len(protocols), sharey=True, squeeze=False)[0]
+    for panel, protocol in zip(panels, protocols, strict=True):
+        for model, colour in colours.items():
+            for context in ("full", "cropped"):
+                line = [row for row in rows if _is(row, model=model, protocol=protocol, context=context)]
+                if line:
+                    _draw_lengths(panel, line, colour, train_length=settings["train_length"])
+        stride = f", stride {settings['stride']}" if protocol == "sliding" else ""
+        panel.set_title(_TITLES.get(protocol, protocol) + stride, fontsize=11)
+        _length_axis(panel, sorted({row["length"] for row in rows}), settings["train_length"])
+        panel.set_xlabel("evaluation length (tokens)")
+    panels[0].set_ylabel("perplexity per token (lower is better)")
+    _value_axis(panels[0], [row["perplexity"] for row in rows if row["perplexity"] is not None])
+    _legend(figure, panels[0])
+    _save(figure, path)
+
+
+def _draw_lengths(panel: Axes, line: Sequence[Mapping[str, Any]], colour: str, *, train_length: int) -> None:
+    """Draw one model in one context; a cross ends it where the model cannot run at the next length."""
+    line = sorted(line, key=lambda row: row["length"])
+    shown = [row for row in line if row["perplexity"] is not None]
+    stopped = [row for row in line if row["perplexity"] is None]
+    cropped = line[0]["context"] == "cropped"
+    label = f"{line[0]['model']}, cropped to {train_length}" if cropped else line[0]["model"]
+    if stopped:
+        label += f" (cannot run past {shown[-1]['length']})" if shown else " (cannot run at these lengths)"
+    panel.plot(
+        [row["length"] for row in shown],
+        [row["perplexity"] for row in shown],
+        "--" if cropped else "-",
+        color=colour,
+        marker="" if cropped else "o",
+        markersize=4,
+        label=None if stopped else label,
+        zorder=2 if cropped else 3,
+    )
+    if stopped:
+        panel.plot(
+            [row["length"] for row in shown[-1:]],
+            [row["perplexity"] for row in shown[-1:]],
+            linestyle="",
+            color=colour,
+            marker="x",
+            markersize=12,
+            markeredgewidth=2.5,
+            label=label,
+            zorder=4,
+        )
+
+
+def loss_by_position(results: Results, path: Path) -> None:
+    """Draw the mean loss against the context before the target, one line a model, as a PNG at ``path``."""
+    curves, settings = results["position_loss"], results["settings"]
+    colours = _colours(row["model"] for row in results["rows"])
+    figure = _figure(width=7.0, height=4.4)
+    panel = figure.subplots()
+    values = []
+    for model, curve in curves.items():
+        # The geometric middle of a bin is its middle on the logarithmic axis.
+        middles = [math.sqrt(point["first"] * point["last"]) for point in curve["bins"]]
+        nats = [point["nats_per_token"] for point in curve["bins"]]
+        values += nats
+        label = f"{model} ({curve['windows']} windows of {curve['length']} tokens)"
+        panel.plot(middles, nats, "-o", color=colours[model], markersize=3, label=label)
+    longest = max((curve["length"] for curve in curves.values()), default=settings["train_length"])
+    _length_axis(panel, _powers_of_two(max(longest, settings["train_length"])), settings["train_length"])
+    panel.set_xlabel("position in the window (tokens of context before the target)")
+    panel.set_ylabel("loss (nats per token)")
+    panel.set_title("loss by position, non-overlapping windows", fontsize=11)
+    _value_axis(panel, values)
+    _legend(figure, panel)
+    _save(figure, path)
+
+
+def loss_curve(metrics: Mapping[str, Any], path: Path) -> None:
+    """Draw training and evaluation loss against the optimizer step, as a PNG at ``path``.
+
+    ``metrics["history"]`` holds dictionaries with "step" and any of "loss" and "eval_loss", in nats per
+    token.
+    """
+    figure = _figure(width=7.0, height=4.4)
+    panel = figure.subplots()
+    values: list[float] = []
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held-out", "-o")):
+        points = [(entry["step"], entry[key]) for entry in metrics["history"] if entry.get(key) is not None]
+        if points:
+            steps, losses = zip(*points, strict=True)
+            panel.plot(steps, losses, style, color=_COLOURS[key != "loss"], markersize=4, label=label)
+            values += losses
+    panel.set_xlabel("optimizer step")
+    panel.set_ylabel("loss (nats per token)")
+    panel.grid(alpha=0.25)
+    _value_axis(panel, values)
+    if values:
+        panel.legend(frameon=False)
+    _save(figure, path)
+
+
+def require_matplotlib() -> None:
+    """Raise `InputError` where matplotlib is not installed, before a run that ends in plots begins."""
+    if find_spec("matplotlib") is None:
+        raise InputError("plots need matplotlib; install it with pip install 'hf-alibi[plots]'")
+
+
+def _figure(*, width: float, height: float) -> Figure:
+    """Make a figure (inches) on the Agg canvas, which needs no display and no global state."""
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+
+
+def _is(row: Mapping[str, Any], **fields: str) -> bool:
+    """Whether a row has these values."""
+    return all(row[field] == value for field, value in fields.items())
+
+
+def _colours(models: Iterable[str]) -> dict[str, str]:
+    """Give every model its colour, the same in every picture."""
+    names = dict.fromkeys(models)
+    return {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(names)}
+
+
+def _powers_of_two(longest: int) -> list[int]:
+    return [2**power for power in range(longest.bit_length())]
+
+
+def _length_axis(panel: Axes, ticks: Sequence[int], train_length: int) -> None:
+    """Make x a binary logarithm with plain numbers, and mark the training length."""
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(ticks, [str(tick) for tick in ticks], rotation=45 if len(ticks) > 8 else 0)
+    panel.minorticks_off()
+    panel.axvline(
+        train_length,
+        color="0.5",
+        linestyle=":",
+        linewidth=1.2,
+        zorder=1,
+        label=f"training length, {train_length}",
+    )
+    panel.grid(alpha=0.25)
+
+
+def _value_axis(panel: Axes, values: Sequence[float]) -> None:
+    """Make y logarithmic, with plain numbers, where a linear axis would squash most of the values."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    if not values or min(values) <= 0 or max(values) / min(values) < _LOG_RATIO:
+        return
+    panel.set_yscale("log")
+    decades = math.log10(max(values) / min(values))
+    panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 3 else (1.0,)))
+    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(figure: Figure, panel: Axes) -> None:
+    """Put the legend below the panels, where it covers no data."""
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)

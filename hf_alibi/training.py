@@ -1,0 +1,465 @@
+"""Fine-tuning with transformers' Trainer: ALiBi, the unconverted control, and no positions at all."""
+
+import json
+import math
+import time
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from hf_alibi.data import (
+    DataArguments,
+    TokenBlocks,
+    TokenSplit,
+    count_bytes,
+    load_tokenizer,
+    load_tokens,
+    pack_blocks,
+)
+from hf_alibi.errors import InputError
+from hf_alibi.families import is_alibi, position_limit
+from hf_alibi.model_card import model_card
+from hf_alibi.patching import apply_alibi
+from hf_alibi.results import check_output_dir, environment, replacing
+from hf_alibi.settings import load_settings, one_line, resolve_settings, save_settings
+from hf_alibi.verification import verify_alibi
+
+__all__ = ["FinetuneArguments", "finetune", "last_complete_checkpoint", "load_model", "train"]
+
+_CONFIG_FILE = "config.yaml"
+_METRICS_FILE = "metrics.json"
+_CARD_FILE = "README.md"
+_STATE_FILE = "trainer_state.json"
+# What a checkpoint needs for an exact continuation.
+_RESUME_FILES = ("*model*", "optimizer*", "scheduler*", "rng_state*")
+_MAX_NATS = 709.0  # exp of more overflows a float
+
+
+@dataclass
+class FinetuneArguments:
+    """Which model is trained, with which positions, on blocks of which length."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to start from: a folder or a hub name."}
+    )
+    model_config: dict | str | None = field(  # type: ignore[type-arg]  # HfArgumentParser takes the bare type
+        default=None,
+        metadata={"help": "Instead: a fresh model, e.g. {model_type: gpt2, n_layer: 4, n_head: 4, n_embd: 256}."},
+    )
+    attention: Literal["alibi", "original", "nope"] = field(
+        default="alibi",
+        metadata={"help": "alibi converts the model, original leaves it alone, nope removes all positions."},
+    )
+    block_size: int = field(default=512, metadata={"help": "Training length in tokens."})
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Attention backend, such as eager or sdpa. Default: the library's choice."},
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
+        default="float32",
+        metadata={"help": "Type of the weights. Keep float32 and set bf16 or fp16 for mixed precision."},
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model_config, str):
+            self.model_config = _parse_mapping(self.model_config)
+        if (self.model_name_or_path is None) == (self.model_config is None):
+            given = "neither" if self.model_config is None else "both"
+            raise InputError(f"{given} of model_name_or_path and model_config given; give exactly one of them")
+        if self.block_size < 2:
+            raise InputError(f"block_size is {self.block_size}; it must be at least 2, one token to predict the next")
+
+
+def finetune(argv: Sequence[str]) -> dict[str, Any]:
+    """Run `train` with the settings of `CONFIG.yaml --field value ...`."""
+    return train(*load_settings((FinetuneArguments, DataArguments, TrainingArguments), argv))
+
+
+def train(args: FinetuneArguments, data: DataArguments, training: TrainingArguments) -> dict[str, Any]:
+    """Train a model; write checkpoint, tokenizer, settings, metrics and model card to `training.output_dir`.
+
+    Everything that can be wrong with the input is looked at before the first step, and nothing is written
+    until then. With `resume_from_checkpoint` "true" the run goes on from its last complete checkpoint.
+
+    Returns what `metrics.json` holds; its "seconds" are those of this call. Raises InputError where something
+    given cannot be used, or the loss is no longer finite.
+    """
+    started = time.monotonic()
+    console = Console(quiet=training.process_index != 0, markup=False, highlight=False, soft_wrap=True)
+    output_dir = Path(training.output_dir)
+    if training.process_index == 0:
+        _check_output_dir(output_dir, resume=_wants_resume(training))
+    checkpoint = _resume_checkpoint(training, console)
+    tokenizer = load_tokenizer(_tokenizer_name(args, data))
+    with training.main_process_first(desc="loading data"):
+        tokens = load_tokens(data, tokenizer)
+    train_blocks, eval_blocks = _pack(tokens, args.block_size, needs_eval=training.eval_strategy != "no")
+    set_seed(training.seed)
+    model = load_model(args, tokenizer, checkpoint=checkpoint)
+    _check_fits(model, tokens, args)
+
+    if training.process_index == 0:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with replacing(output_dir / _CONFIG_FILE) as path:
+            save_settings(path, (args, data, training))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    blocks = f"{len(train_blocks):,} blocks of {args.block_size} tokens, {len(eval_blocks or ()):,} held out"
+    console.print(f"{type(model).__name__}, {parameters:,} parameters, attention {args.attention}; {blocks}")
+    config = resolve_settings((args, data, training))
+    trainer = _make_trainer(model, tokenizer, training, train_blocks, eval_blocks)
+    _run(trainer, checkpoint)
+    eval_loss = _final_eval_loss(trainer) if eval_blocks is not None else None
+    _check_weights(model)
+    model.config.use_cache = True  # Trainer turned it off for training; generate needs it
+    trainer.save_model()
+    metrics = _metrics(trainer.state, eval_loss)
+    metrics["bits_per_byte"] = None
+    if eval_blocks is not None and eval_loss is not None:
+        covered = tokens.held_out[: len(eval_blocks) * args.block_size]
+        metrics["bits_per_byte"] = eval_loss / math.log(2) * covered.numel() / count_bytes(covered, tokenizer)
+    metrics["seconds"] = round(time.monotonic() - started, 1)
+    metrics |= {"parameters": parameters, "config": config, "environment": environment(seed=training.seed)}
+    if trainer.is_world_process_zero():
+        # Trainer's pickle of its arguments names this machine's folders; config.yaml says the same without.
+        (output_dir / "training_args.bin").unlink(missing_ok=True)
+        with replacing(output_dir / _METRICS_FILE) as path:
+            path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        with replacing(output_dir / _CARD_FILE) as path:
+            path.write_text(model_card(metrics), encoding="utf-8")
+    return metrics
+
+
+def load_model(
+    args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase, *, checkpoint: Path | None = None
+) -> PreTrainedModel:
+    """Load or build the model of a run and give it the attention asked for, verified.
+
+    A fresh model takes vocabulary size and special tokens from `tokenizer`; `checkpoint` is one of this run,
+    to be taken instead of the model it started from. `args.block_size` becomes the training length in the
+    config of an ALiBi model. Raises InputError where the model cannot be loaded or built, or contradicts
+    `args.attention`.
+    """
+    if checkpoint is not None or args.model_name_or_path is not None:
+        model = _load_pretrained(str(checkpoint or args.model_name_or_path), args)
+    else:
+        model = _build_fresh(args, tokenizer)
+    if is_alibi(model.config):
+        slopes = model.config.alibi_slopes
+        attention = "nope" if slopes is not None and not any(slopes) else "alibi"
+        if args.attention != attention:
+            source = checkpoint or args.model_name_or_path or "model_config"
+            raise InputError(
+                f"attention is {args.attention}, but {source} is already converted; "
+                f"set attention: {attention}, or give the model as it was before"
+            )
+    elif args.attention == "original":
+        return model
+    else:
+        heads = model.config.num_attention_heads
+        try:
+            apply_alibi(model, slopes=[0.0] * heads if args.attention == "nope" else None)
+        except ValueError as error:
+            raise InputError(f"cannot convert the model to ALiBi: {one_line(error)}") from error
+    model.config.alibi_train_length = args.block_size
+    verify_alibi(model)
+    return model
+
+
+def last_complete_checkpoint(output_dir: Path) -> Path | None:
+    """Return the newest `checkpoint-N` from which a run can go on exactly; None where there is none.
+
+    A process that is killed while it saves leaves a partial one behind: it is passed over.
+    """
+    steps = {path: path.name.removeprefix("checkpoint-") for path in output_dir.glob("checkpoint-*")}
+    newest_first = sorted((path for path in steps if steps[path].isdigit()), key=lambda path: -int(steps[path]))
+    return next((path for path in newest_first if _is_complete(path)), None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    if not all(any(checkpoint.glob(pattern)) for pattern in _RESUME_FILES):
+        return False
+    try:
+        json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8"))
+        for index in checkpoint.glob("*.index.json"):
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            if not all((checkpoint / shard).is_file() for shard in shards):
+                return False
+        for path in checkpoint.rglob("*.safetensors"):
+            with safe_open(path, framework="pt"):  # checks the header against the length of the file
+                pass
+        for path in [*checkpoint.rglob("*.pt"), *checkpoint.rglob("*.pth")]:
+            with zipfile.ZipFile(path):  # the directory of a zip stands at its end: a cut file has none
+                pass
+    except (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile):
+        return False
+    return True
+
+
+def _wants_resume(training: TrainingArguments) -> bool:
+    return (training.resume_from_checkpoint or "false").lower() != "false"
+
+
+def _resume_checkpoint(training: TrainingArguments, console: Console) -> Path | None:
+    if not _wants_resume(training):
+        return None
+    if training.resume_from_checkpoint.lower() != "true":
+        checkpoint = Path(training.resume_from_checkpoint)
+        if not _is_complete(checkpoint):
+            raise InputError(
+                f"{checkpoint} is no complete checkpoint; give another one, or true for the last complete one"
+            )
+        return checkpoint
+    last = last_complete_checkpoint(Path(training.output_dir))
+    if last is None:
+        console.print(f"no complete checkpoint in {training.output_dir}: starting from the beginning")
+    else:
+        console.print(f"resuming from {last}")
+    return last
+
+
+def _check_output_dir(output_dir: Path, *, resume: bool) -> None:
+    """Refuse a folder that cannot be written or that holds something else; creates nothing."""
+    is_run = (output_dir / _CONFIG_FILE).is_file() or any(output_dir.glob("checkpoint-*"))
+    if not is_run:
+        check_output_dir(output_dir)
+    elif not resume:
+        raise InputError(
+            f"output_dir {output_dir} holds an earlier run; choose another folder, or go on with that run by "
+            "`--resume_from_checkpoint true`"
+        )
+
+
+def _tokenizer_name(args: FinetuneArguments, data: DataArguments) -> str:
+    name = data.tokenizer_name or args.model_name_or_path
+    if name is None:
+        raise InputError("a fresh model has no tokenizer of its own; set tokenizer_name (bytes needs no download)")
+    return name
+
+
+def _pack(tokens: TokenSplit, block_size: int, *, needs_eval: bool) -> tuple[TokenBlocks, TokenBlocks | None]:
+    train_blocks = pack_blocks(tokens.train, block_size, name="the training text")
+    if not tokens.held_out.numel() and not needs_eval:
+        return train_blocks, None
+    return train_blocks, pack_blocks(tokens.held_out, block_size, name="the held-out text")
+
+
+def _load_pretrained(source: str, args: FinetuneArguments) -> PreTrainedModel:
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=args.dtype, attn_implementation=args.attn_implementation, output_loading_info=True
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+        raise InputError(
+            f"cannot load the model {source!r}: {one_line(error)}; check that its files are complete"
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(
+            f"the checkpoint {source!r} lacks {len(missing)} of the model's weights ({missing[0]}, ...); "
+            "give a complete checkpoint of a causal language model"
+        )
+    return model
+
+
+def _build_fresh(args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    given = dict(args.model_config) if isinstance(args.model_config, dict) else {}
+    model_type = given.pop("model_type", None)
+    # The config's own defaults are those of somebody else's vocabulary.
+    from_tokenizer = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    try:
+        _check_config_fields(AutoConfig.for_model(model_type), given)
+        config = AutoConfig.for_model(model_type, **{**from_tokenizer, **given})
+        dtype = torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=args.attn_implementation)
+    except InputError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"cannot build a model from model_config {args.model_config}: {one_line(error)}") from error
+
+
+def _check_config_fields(defaults: PretrainedConfig, given: dict[str, Any]) -> None:
+    """Refuse fields that a config class would keep without ever reading them."""
+    unknown = [name for name in given if not hasattr(defaults, name)]
+    if unknown:
+        raise InputError(
+            f"model_config has the unknown field {unknown[0]!r}; "
+            f"{defaults.model_type} takes {', '.join(sorted(defaults.to_dict()))}"
+        )
+
+
+def _check_fits(model: PreTrainedModel, tokens: TokenSplit, args: FinetuneArguments) -> None:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    largest = max(int(part.max()) for part in tokens if part.numel())
+    if largest >= vocabulary:
+        raise InputError(
+            f"the tokenizer gives the token id {largest}, but the model embeds only {vocabulary} tokens; "
+            "set tokenizer_name to the model's own tokenizer, or vocab_size in model_config"
+        )
+    limit = position_limit(model)
+    if limit is not None and args.block_size > limit:
+        raise InputError(
+            f"block_size {args.block_size} is beyond the model's {limit} learned positions; "
+            f"set block_size to at most {limit}, or attention: alibi, which has no limit"
+        )
+
+
+class _FiniteLossTrainer(Trainer):
+    """Trainer that stops at the first loss that is not finite, before the weights take the step."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss).all():
+            raise _non_finite(f"the training loss is {loss.item()} at step {self.state.global_step + 1}")
+        return loss
+
+
+class _CheckpointGuard(TrainerCallback):
+    """Before each checkpoint: refuse weights that are not finite, and log.
+
+    Each logged mean ends where a checkpoint is written, so a resumed run logs what an uninterrupted one does.
+    """
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save:
+            _check_weights(kwargs["model"])
+        if control.should_save or control.should_training_stop:
+            control.should_log = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.on_step_end(args, state, control, **kwargs)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        loss = kwargs["metrics"]["eval_loss"]
+        if not math.isfinite(loss):
+            raise _non_finite(f"the held-out loss is {loss} after step {state.global_step}")
+
+
+class _Progress(ProgressCallback):
+    """Trainer's progress bar, with one short line where Trainer prints a dictionary."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        names = {"loss": "loss", "eval_loss": "held-out loss", "learning_rate": "learning rate"}
+        shown = [f"{text} {logs[key]:.4g}" for key, text in names.items() if logs and key in logs]
+        if self.training_bar is not None and shown:
+            self.training_bar.write(f"step {state.global_step}: {', '.join(shown)}")
+
+
+def _check_weights(model: torch.nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise _non_finite(f"the weight {name} is not finite")
+
+
+def _non_finite(found: str) -> InputError:
+    return InputError(
+        f"{found}: training stopped and no final model is saved; lower learning_rate, add warmup_steps, "
+        "set max_grad_norm, or train in float32 instead of fp16, then start again in another output_dir"
+    )
+
+
+def _make_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    training: TrainingArguments,
+    train_blocks: TokenBlocks,
+    eval_blocks: TokenBlocks | None,
+) -> Trainer:
+    training.logging_nan_inf_filter = False  # it would hide what _FiniteLossTrainer looks for
+    training.include_num_input_tokens_seen = "all"
+    if training.device.type == "cpu":
+        training.dataloader_pin_memory = False  # memory is pinned for a GPU; without one torch warns
+    trainer = _FiniteLossTrainer(
+        model=model,
+        args=training,
+        train_dataset=train_blocks,
+        eval_dataset=eval_blocks,
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+        callbacks=[_CheckpointGuard()],
+    )
+    if not training.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_Progress())
+    return trainer
+
+
+def _run(trainer: Trainer, checkpoint: Path | None) -> None:
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(checkpoint / _STATE_FILE))
+        *_, last_step = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+        if state.global_step >= last_step:
+            # Nothing is left to train, and the model already holds these weights; Trainer would add a step.
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+
+
+def _final_eval_loss(trainer: Trainer) -> float:
+    """Return the held-out loss of the trained model, which Trainer may have measured after the last step."""
+    for entry in reversed(trainer.state.log_history):
+        if entry["step"] == trainer.state.global_step and "eval_loss" in entry:
+            return float(entry["eval_loss"])
+    return float(trainer.evaluate()["eval_loss"])
+
+
+def _metrics(state: TrainerState, eval_loss: float | None) -> dict[str, Any]:
+    history = [
+        {"step": entry["step"], key: entry[key]}
+        for entry in state.log_history
+        for key in ("loss", "eval_loss")
+        if key in entry
+    ]
+    return {
+        "train_loss": next((entry["loss"] for entry in reversed(history) if "loss" in entry), None),
+        "eval_loss": eval_loss,
+        "perplexity": math.exp(eval_loss) if eval_loss is not None and eval_loss < _MAX_NATS else None,
+        "steps": state.global_step,
+        "tokens_seen": state.num_input_tokens_seen,
+        "history": history,
+    }
+
+
+def _parse_mapping(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"model_config {text!r} is not JSON: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"model_config must be a mapping with model_type, got {text!r}")
+    return value

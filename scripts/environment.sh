@@ -1,0 +1,15 @@
+# Sourced by demo.sh and test.sh: goes to the project's root and makes .venv ready, once for each set of requirements.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+stamp=.venv/.installed-$(cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+if [ ! -e "$stamp" ]; then
+    python=${PYTHON:-python3}
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+        echo "error: $("$python" --version) is too old; set PYTHON to a Python of 3.10 or newer" >&2
+        exit 1
+    }
+    echo "Setting up .venv (once; a few minutes and about 1.5 GB)"
+    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,gguf]'
+    touch "$stamp"
+fi
+. .venv/bin/activate

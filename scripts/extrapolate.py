@@ -1,0 +1,16 @@
+"""Compare models at lengths beyond their training length: perplexity, bits per byte, loss by position.
+
+    python scripts/extrapolate.py configs/extrapolate.yaml
+    python scripts/extrapolate.py configs/extrapolate.yaml --lengths 512 16384 --output_dir runs/long
+    python scripts/extrapolate.py configs/extrapolate.yaml --models '{"alibi": "runs/gpt2-alibi"}'
+    python scripts/extrapolate.py --help
+
+The YAML comes first, any `--field value` after it wins. Installed, the same is `hf-alibi extrapolate ...`.
+"""
+
+import sys
+
+from hf_alibi.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["extrapolate", *sys.argv[1:]]))

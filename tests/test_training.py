@@ -1,0 +1,398 @@
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import datasets
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+)
+
+from hf_alibi.data import DataArguments, load_tokenizer, load_tokens, pack_blocks
+from hf_alibi.errors import InputError
+from hf_alibi.settings import read_yaml
+from hf_alibi.training import finetune, last_complete_checkpoint
+
+BLOCK = 32
+VOCABULARY = 259
+FRESH = {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": BLOCK}
+# Dropout is on by default in GPT-2, so the state of the random numbers matters too.
+SETTINGS = {
+    "model_config": FRESH,
+    "tokenizer_name": "bytes",
+    "block_size": BLOCK,
+    "max_steps": 12,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "warmup_steps": 2,
+    "logging_steps": 5,
+    "eval_strategy": "steps",
+    "eval_steps": 6,
+    "save_steps": 4,
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny tensors gain nothing from threads, and a busy machine makes them wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """Give each test a folder of its own with a text in it, an empty cache, and no network."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("\n".join(topics[name] for name in sorted(topics))[:6000])
+    return tmp_path
+
+
+def arguments(**values):
+    """Write a YAML file with SETTINGS and `values`; None removes a setting."""
+    settings = {"train_file": ["text.txt"], "output_dir": "run", **SETTINGS, **values}
+    Path("run.yaml").write_text(yaml.safe_dump({k: v for k, v in settings.items() if v is not None}))
+    return ["run.yaml"]
+
+
+def save_gpt2(folder, **values):
+    torch.manual_seed(0)
+    config = GPT2Config(**{**FRESH, "vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 1, **values})
+    GPT2LMHeadModel(config).save_pretrained(folder)
+
+
+def save_llama(folder):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def weights(folder):
+    return load_file(Path(folder, "model.safetensors"))
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_output_folder(workplace):
+    metrics = finetune(arguments())
+    written = {path.name for path in Path("run").iterdir()}
+    assert written == {
+        "README.md",
+        "config.json",
+        "config.yaml",
+        "generation_config.json",
+        "metrics.json",
+        "model.safetensors",
+        "tokenizer_config.json",
+        "checkpoint-4",
+        "checkpoint-8",
+        "checkpoint-12",
+    }
+    assert json.loads(Path("run/metrics.json").read_text()) == metrics
+    for name in ("README.md", "config.json", "config.yaml", "metrics.json"):
+        assert str(workplace) not in Path("run", name).read_text()
+    assert json.loads(Path("run/config.json").read_text())["use_cache"] is True
+
+
+def test_metrics_are_those_of_the_saved_model():
+    metrics = finetune(arguments())
+    model = AutoModelForCausalLM.from_pretrained("run")
+    assert type(model).__name__ == "AlibiGPT2LMHeadModel"
+    assert model.config.alibi_train_length == BLOCK
+    tokenizer = load_tokenizer("run")
+    saved = read_yaml("run/config.yaml")
+    data = DataArguments(**{field.name: saved[field.name] for field in dataclasses.fields(DataArguments)})
+    tokens = load_tokens(data, tokenizer).held_out
+    blocks = torch.stack([block["input_ids"] for block in pack_blocks(tokens, BLOCK)])
+    with torch.no_grad():
+        logits = model(blocks).logits[:, :-1].double()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).item()
+    assert metrics["eval_loss"] == pytest.approx(loss, abs=1e-4)
+    assert metrics["perplexity"] == pytest.approx(math.exp(loss), rel=1e-3)
+    num_bytes = sum(int(token) > 2 for token in blocks.flatten())
+    assert metrics["bits_per_byte"] == pytest.approx(loss / math.log(2) * blocks.numel() / num_bytes, rel=1e-3)
+    assert metrics["tokens_seen"] == 12 * 4 * BLOCK
+    assert metrics["train_loss"] < metrics["history"][0]["loss"]
+    assert [entry["step"] for entry in metrics["history"] if "eval_loss" in entry] == [6, 12]
+
+
+def test_saved_config_repeats_the_run():
+    finetune(arguments(seed=7))
+    finetune(["run/config.yaml", "--output_dir", "again"])
+    assert same(weights("run"), weights("again"))
+    finetune(["run/config.yaml", "--output_dir", "other", "--seed", "8"])
+    assert not same(weights("run"), weights("other"))
+
+
+@pytest.mark.parametrize(
+    ("attention", "class_name"),
+    [("alibi", "AlibiGPT2LMHeadModel"), ("original", "GPT2LMHeadModel"), ("nope", "AlibiGPT2LMHeadModel")],
+)
+def test_attention_of_a_checkpoint(attention, class_name):
+    save_gpt2("base")
+    finetune(arguments(model_config=None, model_name_or_path="base", attention=attention, max_steps=2))
+    model = AutoModelForCausalLM.from_pretrained("run").eval()
+    assert type(model).__name__ == class_name
+    # With no positions the order of earlier tokens cannot matter, with positions it must.
+    tokens = torch.arange(3, 19)[None]
+    swapped = tokens.clone()
+    swapped[0, [2, 9]] = swapped[0, [9, 2]]
+    change = (model(tokens).logits[0, -1] - model(swapped).logits[0, -1]).abs().max().item()
+    assert (change < 1e-5) == (attention == "nope")
+
+
+def test_llama_checkpoint():
+    save_llama("base")
+    argv = arguments(model_config=None, model_name_or_path="base", max_steps=2, use_cpu=True, bf16=True)
+    finetune(argv)
+    assert type(AutoModelForCausalLM.from_pretrained("run")).__name__ == "AlibiLlamaForCausalLM"
+    assert "Started from: base\n" in Path("run/README.md").read_text()
+
+
+def test_converted_model_is_trained_further_at_another_length():
+    finetune(arguments(max_steps=2))
+    finetune(
+        arguments(
+            model_config=None,
+            model_name_or_path="run",
+            output_dir="longer",
+            block_size=2 * BLOCK,
+            max_steps=2,
+        )
+    )
+    assert AutoModelForCausalLM.from_pretrained("longer").config.alibi_train_length == 2 * BLOCK
+
+
+def test_no_held_out_text():
+    metrics = finetune(arguments(validation_fraction=0.0, eval_strategy="no", max_steps=2))
+    assert metrics["eval_loss"] is None
+    assert "Held-out loss: unknown" in Path("run/README.md").read_text()
+
+
+# Ends itself by SIGKILL in the middle of writing checkpoint-8.
+KILLED_RUN = """
+import os, pathlib, signal, sys, torch
+save = torch.save
+def save_or_die(value, file, *args, **kwargs):
+    if "checkpoint-8" in str(file) and "optimizer" in str(file):
+        pathlib.Path(file).write_bytes(b"PK cut")
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(value, file, *args, **kwargs)
+torch.save = save_or_die
+from hf_alibi.cli import main
+sys.exit(main(["finetune", "run.yaml"]))
+"""
+
+
+def test_killed_run_resumes_to_the_same_end():
+    argv = arguments(output_dir="whole", num_train_epochs=3, max_steps=None, logging_steps=3)
+    whole = finetune(argv)
+    assert whole["steps"] > 12  # more than one epoch
+    argv = arguments(output_dir="killed", num_train_epochs=3, max_steps=None, logging_steps=3)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "HF_HOME": "home",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run([sys.executable, "-c", KILLED_RUN], env=environment, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert Path("killed/checkpoint-8").is_dir()
+    assert last_complete_checkpoint(Path("killed")) == Path("killed/checkpoint-4")
+    resumed = finetune([*argv, "--resume_from_checkpoint", "true"])
+    for name in ("train_loss", "eval_loss", "steps", "tokens_seen", "history"):
+        assert resumed[name] == whole[name], name
+    assert same(weights("whole"), weights("killed"))
+
+
+def test_run_killed_after_its_last_step_is_only_finished():
+    argv = arguments()
+    whole = finetune(argv)
+    trained = weights("run")
+    for name in ("metrics.json", "model.safetensors", "README.md"):
+        Path("run", name).unlink()
+    resumed = finetune([*argv, "--resume_from_checkpoint", "true"])
+    assert (resumed["steps"], resumed["eval_loss"]) == (12, whole["eval_loss"])
+    assert same(weights("run"), trained)
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(capsys):
+    Path("run/checkpoint-4").mkdir(parents=True)
+    metrics = finetune([*arguments(max_steps=2), "--resume_from_checkpoint", "true"])
+    assert metrics["steps"] == 2
+    assert "no complete checkpoint in run: starting from the beginning" in capsys.readouterr().out
+
+
+def test_damaged_checkpoints_are_passed_over():
+    finetune(arguments())
+    newest, run = Path("run/checkpoint-12"), Path("run")
+    assert last_complete_checkpoint(run) == newest
+    for name in ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        content = (newest / name).read_bytes()
+        (newest / name).write_bytes(content[: len(content) // 2])
+        assert last_complete_checkpoint(run) == Path("run/checkpoint-8"), f"cut {name}"
+        (newest / name).unlink()
+        assert last_complete_checkpoint(run) == Path("run/checkpoint-8"), f"no {name}"
+        (newest / name).write_bytes(content)
+    assert last_complete_checkpoint(run) == newest
+
+
+def refused(message, argv, *, trains=False):
+    """Check that a run stops with one line before its first step, and leaves the folder as it was."""
+    steps = []
+
+    class Count(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            steps.append(1)
+
+    before = sorted(Path("run").rglob("*")) if Path("run").exists() else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "__init__", _with_callback(Trainer.__init__, Count()))
+        with pytest.raises(InputError, match=message) as raised:
+            finetune(argv)
+    assert "\n" not in str(raised.value)
+    assert bool(steps) == trains
+    if not trains:
+        assert (sorted(Path("run").rglob("*")) if Path("run").exists() else None) == before
+
+
+def _with_callback(init, callback):
+    def patched(self, *args, callbacks=(), **kwargs):
+        init(self, *args, callbacks=[*callbacks, callback], **kwargs)
+
+    return patched
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_config": None}, "neither of model_name_or_path and model_config"),
+        ({"model_name_or_path": "base"}, "both of model_name_or_path and model_config"),
+        ({"model_config": "gpt2"}, "'gpt2' is not JSON"),
+        ({"model_config": [1]}, "must be a mapping"),
+        ({"model_config": {"n_layer": 2}}, "cannot build a model"),
+        ({"model_config": {**FRESH, "n_layers": 2}}, "unknown field 'n_layers'"),
+        ({"model_config": {**FRESH, "n_head": 3}}, "cannot build a model"),
+        ({"model_config": {**FRESH, "vocab_size": 100}}, "the model embeds only 100 tokens"),
+        ({"tokenizer_name": None}, "no tokenizer of its own"),
+        ({"block_size": 1}, "block_size is 1"),
+        ({"block_size": 10_000}, "the training text has .* tokens, too few"),
+        ({"block_size": 1000}, "the held-out text has .* tokens, too few"),
+        ({"attention": "original", "block_size": 2 * BLOCK}, f"beyond the model's {BLOCK} learned positions"),
+        ({"attention": "rope"}, "invalid choice: 'rope'"),
+        ({"train_file": ["gone.txt"]}, r"no file gone\.txt"),
+        ({"learning_rat": 1}, "unknown field 'learning_rat'"),
+        ({"attn_implementation": "flex_attention"}, "flex_attention"),
+        ({"attn_implementation": "fast"}, "cannot build a model"),
+        ({"output_dir": "text.txt"}, "text.txt is a file"),
+        ({"output_dir": "text.txt/run"}, "Not a directory"),
+        ({"resume_from_checkpoint": "gone"}, "gone is no complete checkpoint"),
+        ({"validation_fraction": 0.0}, "the held-out text has 0 tokens"),
+    ],
+)
+def test_refused_before_training(values, message):
+    refused(message, arguments(**values))
+
+
+def test_folder_in_use_is_left_alone():
+    Path("run").mkdir()
+    Path("run/thesis.tex").write_text("years of work")
+    refused("run is not empty", arguments())
+    refused("run is not empty", [*arguments(), "--resume_from_checkpoint", "true"])
+    assert Path("run/thesis.tex").read_text() == "years of work"
+
+
+def test_earlier_run_is_not_overwritten():
+    finetune(arguments(max_steps=2))
+    refused("choose another folder, or go on .* `--resume_from_checkpoint true`", arguments(max_steps=2))
+
+
+def _cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _drop_weight(folder):
+    path = folder / "model.safetensors"
+    kept = {name: value for name, value in load_file(path).items() if "c_attn.weight" not in name}
+    from safetensors.torch import save_file
+
+    save_file(kept, path, metadata={"format": "pt"})
+
+
+def _other_shape(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"n_embd": 16', '"n_embd": 32'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_cut, "cannot load the model 'base'.*check that its files are complete"),
+        (_drop_weight, "lacks 1 of the model's weights"),
+        (_other_shape, "cannot load the model 'base'"),
+        (lambda folder: (folder / "config.json").unlink(), "cannot load the model 'base'"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "cannot load the model 'base'"),
+        (shutil.rmtree, "cannot load the model 'base'"),
+    ],
+)
+def test_damaged_model_is_refused(damage, message):
+    save_gpt2("base")
+    damage(Path("base"))
+    refused(message, arguments(model_config=None, model_name_or_path="base"))
+
+
+def test_family_without_alibi_is_refused():
+    config = {"model_type": "opt", "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    refused("cannot convert the model to ALiBi: no ALiBi family", arguments(model_config=config))
+
+
+@pytest.mark.parametrize("attention", ["original", "nope"])
+def test_converted_model_is_not_taken_for_a_control(attention):
+    finetune(arguments(max_steps=2, output_dir="converted"))
+    argv = arguments(model_config=None, model_name_or_path="converted", attention=attention)
+    refused("converted is already converted; set attention: alibi", argv)
+
+
+def test_loss_that_is_not_finite_stops_the_run():
+    argv = arguments(learning_rate=1e30, warmup_steps=0, max_grad_norm=0.0)
+    refused(r"the training loss is (nan|inf) at step \d+.*lower learning_rate", argv, trains=True)
+    assert not Path("run/model.safetensors").exists()
+    assert not Path("run/metrics.json").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved():
+    argv = arguments(learning_rate=1e38, warmup_steps=0, max_steps=1, eval_strategy="no", weight_decay=1e38)
+    refused("is not finite|loss is nan", argv, trains=True)
+    assert {path.name for path in Path("run").iterdir()} == {"config.yaml"}
