@@ -27,7 +27,6 @@ def build_alibi_tensor(attention_mask: Tensor, num_heads: int, dtype: torch.dtyp
 
     Raises TypeError for a mask that is no tensor, a `num_heads` that is no int or a dtype that is not floating
     point; ValueError for a mask of other rank or with other values than 0 and 1, or `num_heads` below 1.
-
     """
     if not isinstance(attention_mask, Tensor):
         raise TypeError(f"attention_mask must be a tensor, got {type(attention_mask).__name__}")
@@ -59,7 +58,6 @@ def distances(allowed: Tensor) -> Tensor:
 
     >>> distances(torch.tensor([[False, True, True, False, True, False]])).tolist()
     [[3.0, 2.0, 1.0, 1.0, 0.0, 0.0]]
-
     """
     seen = allowed.cumsum(dim=-1, dtype=torch.float32)
     return seen[..., -1:] - seen
@@ -79,6 +77,5 @@ def alibi_bias(slopes: Tensor, allowed: Tensor) -> Tensor:
         allowed: bool, broadcasts to (batch, heads, queries, keys).
 
     Returns float32 (batch, heads, queries, keys), logits.
-
     """
     return (-slopes * distances(allowed)).masked_fill(~allowed, float("-inf"))

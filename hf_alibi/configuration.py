@@ -52,7 +52,6 @@ class AlibiConfig(PreTrainedConfig):
             and `dynamic_scale`. It may be given when a checkpoint is loaded.
 
     `max_position_embeddings` stays what it was and limits nothing.
-
     """
 
     alibi_slopes: list[float] | None = _slopes_field(default=None)

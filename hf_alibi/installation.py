@@ -57,7 +57,6 @@ def install_alibi(model: PreTrainedModel, classes: Mapping[type[PreTrainedModel]
         classes: the ALiBi class of each class of transformers.
 
     Installing twice changes nothing, so a model may be built of parts that did it already.
-
     """
     for part in model.modules():
         if type(part) in classes:

@@ -35,7 +35,6 @@ def apply_alibi(model: Model, *, slopes: Sequence[float] | None = None) -> Model
     Raises TypeError for what is no `PreTrainedModel`; ValueError for a family or class that has no ALiBi form, a
     model that is converted already, an attention implementation without ALiBi form, and slopes that do not fit the
     heads. After an error the model is as it was.
-
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(

@@ -23,7 +23,6 @@ class NoRotation(nn.Module):
 
     Args:
         width: rotated dimensions a head.
-
     """
 
     def __init__(self, width: int) -> None:

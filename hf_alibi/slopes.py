@@ -94,7 +94,6 @@ def dynamic_scale(context: Tensor, train_length: int, ceiling: float | None) -> 
 
     Each query has its own scale, by what it sees and nothing else. So logits are the same with and without a cache,
     under padding, and beside other sequences in a batch.
-
     """
     ratio = context.float().clamp(min=1) / train_length
     return 1 / ratio.clamp(min=1, max=ceiling)

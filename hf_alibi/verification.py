@@ -132,7 +132,7 @@ def _hidden_states(model: PreTrainedModel, mask: Tensor, **kwargs: Any) -> Tenso
 
 def _expected_slopes(layer: nn.Module, heads: int, context: Tensor) -> Tensor:
     """float64 (batch or 1, heads, queries or 1, 1) of queries that see `context` (batch or 1, 1, queries) tokens."""
-    return head_slopes(layer.config, heads, context.device).for_queries(context).double()
+    return head_slopes(layer.config, heads, context.device).for_queries(lambda: context).double()
 
 
 def _compare(name: str, layer: nn.Module, call: _Call, mask: Tensor) -> float:

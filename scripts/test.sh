@@ -7,4 +7,5 @@ set -euo pipefail
 ruff check .
 ruff format --check .
 mypy
-exec python -m pytest "$@"
+# A process a core with one thread each: threads that wait for each other on a shared machine cost tenfold.
+OMP_NUM_THREADS=1 exec python -m pytest --numprocesses auto --maxprocesses 4 "$@"

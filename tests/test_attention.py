@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_alibi.attention import BACKENDS, alibi_name
@@ -230,6 +231,33 @@ def test_gradients(monkeypatch, masked, length):
     expected(*truths).backward(upstream.double())
     for ours, truth in zip(inputs, truths, strict=True):
         assert largest(ours.grad, truth.grad) < 2e-5 * truth.grad.abs().max().item()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest floating-point tensor, in entries, that any operation makes."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, (tuple, list)) else [output]:
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                self.entries = max(self.entries, tensor.numel())
+        return output
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_memory_grows_linearly_forward_and_backward(monkeypatch, masked, dropout):
+    """No operation makes a (heads, length, length) matrix; with a mask or dropout, blocks stay within their budget."""
+    length, heads, width = 1024, 4, 16
+    budget = heads * length * 32
+    monkeypatch.setattr(sdpa_backend, "_DENSE_ENTRIES", budget)
+    inputs = [x.requires_grad_() for x in qkv(1, heads, heads, length, length, width)]
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril() if masked else None
+    with LargestTensor() as largest_tensor:
+        run("sdpa", *inputs, mask, layer(heads).train(), dropout=dropout).sum().backward()
+    assert largest_tensor.entries <= max(budget, heads * length * (width + 4))
 
 
 def test_masked_blocks_equal_one_block(monkeypatch):

@@ -35,7 +35,6 @@ def eager_alibi_attention(
         dropout: probability, applied to the weights in training.
 
     Returns the output (batch, queries, heads, head_dim) and the weights (batch, heads, queries, keys).
-
     """
     refuse_unsupported("eager", module, kwargs)
     slopes = head_slopes(module.config, query.shape[1], query.device)
@@ -48,7 +47,7 @@ def eager_alibi_attention(
     # Autocast would take the product of two float32 tensors in a half type.
     with torch.autocast(query.device.type, enabled=False):
         logits = query.to(wide) @ key.to(wide).transpose(-1, -2) * scaling
-        logits = logits + alibi_bias(slopes.for_queries(allowed.sum(dim=-1)), allowed)
+        logits = logits + alibi_bias(slopes.for_queries(lambda: allowed.sum(dim=-1)), allowed)
         if added is not None:
             logits = logits + added
         # A query that may see nothing (padding) gets zeros, and finite gradients on the way.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -23,17 +24,17 @@ class HeadSlopes:
     dynamic: tuple[int, float | None] | None = None
     """Training length in tokens and ceiling, see `dynamic_scale`; None for slopes that depend on the head alone."""
 
-    def for_queries(self, context: Tensor) -> Tensor:
-        """Slopes that broadcast to (batch, heads, queries, 1), for queries that see `context` tokens.
+    def for_queries(self, count_context: Callable[[], Tensor]) -> Tensor:
+        """Slopes that broadcast to (batch, heads, queries, 1).
 
         Args:
-            context: (batch or 1, heads or 1, queries), tokens.
-
+            count_context: gives how many tokens each query sees, (batch or 1, heads or 1, queries); called only where
+                the slopes depend on it.
         """
         slopes = self.per_head[:, None, None]
         if self.dynamic is None:
             return slopes
-        return slopes * dynamic_scale(context, *self.dynamic)[..., None]
+        return slopes * dynamic_scale(count_context(), *self.dynamic)[..., None]
 
 
 def head_slopes(config: Any, num_heads: int, device: torch.device) -> HeadSlopes:

@@ -38,7 +38,6 @@ def visible_keys(attention_mask: Tensor | None, query: Tensor, key: Tensor) -> t
 
     Returns (allowed, added): bool, and the mask itself where it is additive, since what it adds to allowed entries
     comes on top of the bias; None otherwise.
-
     """
     queries, keys = query.shape[2], key.shape[2]
     if attention_mask is None:

@@ -53,7 +53,6 @@ def sdpa_alibi_attention(
         dropout: probability, applied to the weights.
 
     Returns the output (batch, queries, heads, head_dim) and None: this backend has no weights to show.
-
     """
     refuse_unsupported("sdpa", module, kwargs)
     slopes = head_slopes(module.config, query.shape[1], query.device)
@@ -110,10 +109,9 @@ def _causal_block(
     end = first + rows
     key, value = key[:, :, :end], value[:, :, :end]
     device = query.device
-    context = torch.arange(first + 1, end + 1, device=device)[None, None]
     positions = torch.arange(end, device=device) - (first + end) // 2
     wide = torch.promote_types(query.dtype, torch.float32)
-    weights = slopes.for_queries(context).to(wide) / scaling
+    weights = slopes.for_queries(lambda: torch.arange(first + 1, end + 1, device=device)[None, None]).to(wide) / scaling
     left, right = _bias_factors(weights, positions[first:], positions, query.dtype)
     extra = left.shape[-1]
     # Kernels on accelerators want widths that are multiples of 8.
@@ -148,7 +146,6 @@ def _bias_factors(slopes: Tensor, queries: Tensor, keys: Tensor, dtype: torch.dt
     Every product is exact. A slope is split into the 8 bits that a bfloat16 holds and the rest, so that in float32
     the product with a position has no more than 24 bits, and slope × query position can be taken off again in the
     same sum. Half types hold integers up to 256, so that there each digit of the position has its own factor.
-
     """
     if torch.finfo(dtype).bits >= 32:
         high = slopes.bfloat16().to(dtype)
@@ -188,7 +185,7 @@ def _masked_block(
     """Queries from `first` on over all keys, with a dense bias for these queries."""
     rows = slice(first, first + query.shape[2])
     allowed = allowed[:, :, rows]
-    bias = alibi_bias(slopes.for_queries(allowed.sum(dim=-1)), allowed)
+    bias = alibi_bias(slopes.for_queries(lambda: allowed.sum(dim=-1)), allowed)
     if added is not None:
         bias = bias + added[:, :, rows]
     # The queries of a group become rows of their common key head, so that keys and values are not repeated.
