@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from .bias import build_alibi_tensor
 from .configuration import AlibiConfig, AlibiGPT2Config, AlibiLlamaConfig
 from .errors import InputError, VerificationError
+from .evaluation import evaluate_extrapolation
 from .families import supported_families
 from .modeling import (
     AlibiGPT2DoubleHeadsModel,
@@ -44,6 +45,7 @@ __all__ = [
     "alibi_slopes",
     "apply_alibi",
     "build_alibi_tensor",
+    "evaluate_extrapolation",
     "supported_families",
     "verify_alibi",
 ]

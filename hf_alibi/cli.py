@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from hf_alibi.errors import InputError
+from .errors import InputError
 
 __all__ = ["main"]
 
@@ -58,8 +58,8 @@ def _finetune(argv: Sequence[str]) -> None:
     from accelerate import PartialState  # type: ignore[import-untyped]
     from transformers.utils.logging import disable_progress_bar
 
-    from hf_alibi.plots import loss_curve
-    from hf_alibi.training import finetune
+    from .plots import loss_curve
+    from .training import finetune
 
     disable_progress_bar()  # of loading and writing files; training has its own
     metrics = finetune(argv)
@@ -77,7 +77,7 @@ def _finetune(argv: Sequence[str]) -> None:
 
 
 def _extrapolate(argv: Sequence[str]) -> None:
-    from hf_alibi.extrapolation import extrapolate
+    from .extrapolation import extrapolate
 
     extrapolate(argv)
 

@@ -14,8 +14,8 @@ from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
-from hf_alibi.errors import InputError
-from hf_alibi.settings import one_line
+from .errors import InputError
+from .settings import one_line
 
 __all__ = [
     "BYTES",

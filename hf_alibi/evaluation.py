@@ -6,76 +6,55 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, islice, pairwise
 
-import psutil
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from hf_alibi.errors import InputError
-from hf_alibi.families import position_limit
+from . import memory
+from .errors import InputError
+from .families import position_limit
+from .memory import check_memory
+from .modes import evaluation_mode
+from .windows import (
+    NON_OVERLAPPING,
+    PROTOCOLS,
+    SLIDING,
+    Window,
+    check_protocol,
+    non_overlapping_windows,
+    sliding_windows,
+)
 
 __all__ = [
     "CROPPED",
     "FULL",
-    "NON_OVERLAPPING",
     "OK",
-    "PROTOCOLS",
-    "SLIDING",
     "Extrapolation",
     "ExtrapolationRow",
     "PositionBin",
     "PositionLoss",
-    "Window",
-    "check_memory",
-    "check_protocol",
     "evaluate_extrapolation",
-    "non_overlapping_windows",
-    "peak_bytes",
-    "sliding_windows",
     "window_losses",
 ]
 
-SLIDING = "sliding"
-NON_OVERLAPPING = "non_overlapping"
-PROTOCOLS = (SLIDING, NON_OVERLAPPING)
 FULL = "full"
 CROPPED = "cropped"
 OK = "ok"
 
-# Positions whose logits exist at one time: with a vocabulary of 50k, float32 logits take 0.2 GiB.
-_LOGITS_SLICE = 1024
 # exp overflows a float64 just above this.
 _MAX_NATS = 709.0
-
-
-@dataclass(frozen=True)
-class Window:
-    """One forward pass over ``tokens[start : start + length]``.
-
-    Input ``start + i`` predicts token ``start + i + 1``; the tokens from ``first_target`` to ``start +
-    length``, both included, are scored.
-    """
-
-    start: int
-    length: int
-    first_target: int
-
-    @property
-    def num_targets(self) -> int:
-        """Number of scored tokens."""
-        return self.start + self.length + 1 - self.first_target
 
 
 @dataclass(frozen=True)
 class ExtrapolationRow:
     """One number of the comparison: a model at one length under one protocol.
 
-    ``context`` is "full" (all of the window) or "cropped" (never more than the training length).
-    ``nats_per_token``, ``perplexity`` and ``bits_per_byte`` are None where ``status`` is not "ok";
-    ``bits_per_byte`` is also None where the number of bytes is unknown. ``tokens`` is the number of
+    `context` is "full" (all of the window) or "cropped" (never more than the training length).
+    `nats_per_token`, `perplexity` and `bits_per_byte` are None where `status` is not "ok";
+    `bits_per_byte` is also None where the number of bytes is unknown. `tokens` is the number of
     scored tokens.
     """
 
@@ -92,7 +71,7 @@ class ExtrapolationRow:
 
 @dataclass(frozen=True)
 class PositionBin:
-    """Mean loss over positions ``first`` to ``last`` of a window, both included, counted from 1."""
+    """Mean loss over positions `first` to `last` of a window, both included, counted from 1."""
 
     first: int
     last: int
@@ -104,7 +83,7 @@ class PositionBin:
 class PositionLoss:
     """Mean loss at each position of the non-overlapping windows of one length.
 
-    ``nats[p - 1]`` is the mean over ``windows`` windows of the loss of the target that sees exactly p tokens.
+    `nats[p - 1]` is the mean over `windows` windows of the loss of the target that sees exactly p tokens.
     """
 
     length: int
@@ -112,7 +91,7 @@ class PositionLoss:
     nats: list[float]
 
     def bins(self, per_octave: int = 2) -> list[PositionBin]:
-        """Averages over log-spaced bins of positions, ``per_octave`` to each doubling."""
+        """Averages over log-spaced bins of positions, `per_octave` to each doubling."""
         edges = [1]
         while edges[-1] <= self.length:
             edges.append(max(edges[-1] + 1, round(edges[-1] * 2 ** (1 / per_octave))))
@@ -126,113 +105,10 @@ class PositionLoss:
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """What `evaluate_extrapolation` returns; ``position_loss`` is None for a model that runs at no length."""
+    """What `evaluate_extrapolation` returns; `position_loss` is None for a model that runs at no length."""
 
     rows: list[ExtrapolationRow]
     position_loss: PositionLoss | None
-
-
-def sliding_windows(num_tokens: int, *, length: int, scored_tokens: int, stride: int) -> list[Window]:
-    """Windows that score their last ``stride`` targets only.
-
-    Every target sees ``length - stride + 1`` to ``length`` tokens. They score the last ``scored_tokens``
-    of ``num_tokens`` tokens once each; the last window may score fewer.
-    """
-    windows = []
-    for first in range(num_tokens - scored_tokens, num_tokens, stride):
-        last = min(first + stride, num_tokens) - 1
-        windows.append(Window(last - length, length, first))
-    return windows
-
-
-def non_overlapping_windows(num_tokens: int, *, length: int, scored_tokens: int) -> list[Window]:
-    """Windows that score all their ``length`` targets: the p-th target of a window sees p tokens.
-
-    They score the last ``scored_tokens`` of ``num_tokens`` tokens once each. Neighbours share one token,
-    the last target of one and the first input of the next, so that no token is lost at the join.
-    """
-    first_targets = range(num_tokens - scored_tokens, num_tokens, length)
-    return [Window(first - 1, length, first) for first in first_targets]
-
-
-def check_protocol(
-    num_tokens: int, *, lengths: Sequence[int], train_length: int, scored_tokens: int, stride: int
-) -> None:
-    """Check that lengths, stride and number of tokens fit together; raises `InputError` where not."""
-    if not lengths or min(lengths) < 1 or len(set(lengths)) != len(lengths):
-        raise InputError(f"lengths {list(lengths)} given; give one or more different numbers of tokens, each >= 1")
-    if train_length not in lengths:
-        raise InputError(
-            f"train_length {train_length} is not among lengths {list(lengths)}; add it, the comparison starts there"
-        )
-    if not 1 <= stride <= min(lengths):
-        raise InputError(f"stride {stride} given; allowed: 1 to the smallest length, {min(lengths)}")
-    multiple = math.lcm(*lengths)
-    if scored_tokens < 1 or scored_tokens % multiple:
-        nearest = max(1, round(scored_tokens / multiple)) * multiple
-        raise InputError(
-            f"scored_tokens {scored_tokens} given; windows of {', '.join(map(str, lengths))} tokens tile "
-            f"multiples of {multiple} only, so set it to {nearest}"
-        )
-    before = max(lengths) - min(stride, scored_tokens) + 1
-    if num_tokens < scored_tokens + before:
-        raise InputError(
-            f"the text has {num_tokens} tokens and {scored_tokens + before} are needed ({scored_tokens} "
-            f"scored and {before} before them as context of the longest length {max(lengths)}); "
-            "give more text, fewer scored_tokens or shorter lengths"
-        )
-
-
-def peak_bytes(
-    config: PretrainedConfig, *, length: int, batch: int, dtype: torch.dtype, sliced_logits: bool = True
-) -> int:
-    """Rough upper bound, in bytes, of what a pass over (batch, length) tokens takes beside the weights.
-
-    Counts one layer's activations, the logits with their float32 copy and log-softmax, and, where the
-    attention implementation is "eager", the (batch, heads, length, length) scores with their float32
-    softmax.
-    """
-    text = config.get_text_config()
-    tokens = batch * length
-    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
-    total = tokens * (12 * text.hidden_size + 4 * inner) * dtype.itemsize
-    total += (min(tokens, _LOGITS_SLICE) if sliced_logits else tokens) * text.vocab_size * 12
-    if config._attn_implementation == "eager":
-        total += batch * text.num_attention_heads * length**2 * (2 * dtype.itemsize + 4)
-    return int(total)
-
-
-def check_memory(
-    config: PretrainedConfig,
-    *,
-    length: int,
-    batch: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    sliced_logits: bool = True,
-    weight_bytes: int = 0,
-) -> None:
-    """Check that a pass over (batch, length) tokens fits in free memory; raises `InputError` where not.
-
-    ``weight_bytes`` counts weights that are still to be loaded.
-    """
-    needed = weight_bytes + peak_bytes(config, length=length, batch=batch, dtype=dtype, sliced_logits=sliced_logits)
-    available = _available_bytes(device)
-    if needed > available:
-        eager = config._attn_implementation == "eager"
-        remedy = " or attn_implementation sdpa, which needs no length x length scores" if eager else ""
-        raise InputError(
-            f"length {length} needs about {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB of memory "
-            f"is free; use shorter lengths{remedy}"
-        )
-
-
-def _available_bytes(device: torch.device) -> int:
-    """Free bytes on a device, with what torch holds in its cache and can use again."""
-    if device.type == "cuda":
-        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0] + reusable)
-    return int(psutil.virtual_memory().available)
 
 
 def evaluate_extrapolation(
@@ -251,31 +127,31 @@ def evaluate_extrapolation(
 ) -> Extrapolation:
     """Perplexity of a causal language model at each length, and its loss by position.
 
-    The last ``scored_tokens`` tokens of ``tokens`` (shape (num_tokens,), int64) are scored, the same ones
+    The last `scored_tokens` tokens of `tokens` (shape (num_tokens,), int64) are scored, the same ones
     at every length, every token once and with equal weight; only the context before them varies. Two
     protocols, both reported:
 
-    - ``sliding``: a window of ``length`` tokens moves by ``stride`` and scores only its last ``stride``
-      targets, so that every target sees ``length - stride + 1`` to ``length`` tokens.
-    - ``non_overlapping``: windows lie end to end and score all their targets, which see 1 to ``length``
+    - `sliding`: a window of `length` tokens moves by `stride` and scores only its last `stride`
+      targets, so that every target sees `length - stride + 1` to `length` tokens.
+    - `non_overlapping`: windows lie end to end and score all their targets, which see 1 to `length`
       tokens.
 
     Why both: the first targets of a window have little to go by and are hard to predict (the early-token
-    curse, Press et al. 2022, appendix B). Under ``non_overlapping`` longer windows leave fewer such
+    curse, Press et al. 2022, appendix B). Under `non_overlapping` longer windows leave fewer such
     targets, so perplexity falls with length even for a model that uses only the few tokens before each
     target: a falling curve is no evidence that the distant context helps. It is nevertheless what most
-    papers print, and the loss in the cheapest use of a model. Under ``sliding`` every target has at least
-    ``length - stride + 1`` tokens before it, so what changes with length is what the model makes of the
+    papers print, and the loss in the cheapest use of a model. Under `sliding` every target has at least
+    `length - stride + 1` tokens before it, so what changes with length is what the model makes of the
     tokens added far away; the smaller the stride, the truer. With a stride equal to the length the two
     protocols are one and the same.
 
     A model with a learned position table of N rows gets rows without numbers and the status "cannot run:
-    ..." at lengths beyond N. With ``cropped`` there are further rows of context "cropped": the same
-    model, never shown more than the last ``train_length`` tokens, so that beyond ``train_length`` its
-    value is that at ``train_length``.
+    ..." at lengths beyond N. With `cropped` there are further rows of context "cropped": the same
+    model, never shown more than the last `train_length` tokens, so that beyond `train_length` its
+    value is that at `train_length`.
 
-    ``num_bytes`` is the number of UTF-8 bytes of the scored tokens (None: no bits per byte).
-    ``batch_tokens`` is the number of tokens in one forward pass (default: the longest length, so that
+    `num_bytes` is the number of UTF-8 bytes of the scored tokens (None: no bits per byte).
+    `batch_tokens` is the number of tokens in one forward pass (default: the longest length, so that
     short windows cost no more memory than the longest). Runs on the model's device, in evaluation mode,
     without gradients; the mode is restored.
 
@@ -348,7 +224,7 @@ def _plan_losses(
     longest = max(length for _, length in plan)
     batch_tokens = batch_tokens or longest
     losses = {}
-    with _evaluating(model):
+    with evaluation_mode(model), torch.inference_mode():
         sliced = _logits_follow_from_hidden_states(model, tokens)
         check_memory(
             model.config,
@@ -366,19 +242,6 @@ def _plan_losses(
                 _check_finite(values, name=name, length=length)
                 losses[protocol, length] = values
     return losses
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode without gradients; every module gets its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager
@@ -418,10 +281,10 @@ def window_losses(
 ) -> Tensor:
     """Cross-entropy of every scored token of the windows, in their order.
 
-    Returns a float32 CPU tensor of shape (scored tokens,), in nats. ``batch`` windows make one forward
-    pass. With ``sliced_logits`` the output embeddings are applied to 1024 hidden states at a time, so
+    Returns a float32 CPU tensor of shape (scored tokens,), in nats. `batch` windows make one forward
+    pass. With `sliced_logits` the output embeddings are applied to 1024 hidden states at a time, so
     that (length, vocabulary) logits never exist; right only for models whose logits are exactly that.
-    ``advance`` is told the input tokens done.
+    `advance` is told the input tokens done.
     """
     losses = []
     for group in _batches(windows, batch):
@@ -434,14 +297,14 @@ def window_losses(
             features, head = model(input_ids=ids, use_cache=False).logits, nn.Identity()
         # Input i predicts token i + 1, so the scored targets belong to the last positions.
         features = features[:, -targets.shape[1] :].flatten(0, 1)
-        slices = zip(features.split(_LOGITS_SLICE), targets.flatten().split(_LOGITS_SLICE), strict=True)
+        slices = zip(features.split(memory.LOGITS_SLICE), targets.flatten().split(memory.LOGITS_SLICE), strict=True)
         losses += [F.cross_entropy(head(x).float(), y, reduction="none").cpu() for x, y in slices]
         advance(ids.numel())
     return torch.cat(losses)
 
 
 def _batches(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
-    """Yield lists of at most ``size`` neighbouring windows with the same number of inputs and of targets."""
+    """Yield lists of at most `size` neighbouring windows with the same number of inputs and of targets."""
     for _, group in groupby(windows, key=lambda window: (window.length, window.num_targets)):
         while batch := list(islice(group, size)):
             yield batch
@@ -460,7 +323,7 @@ def _check_finite(losses: Tensor, *, name: str, length: int) -> None:
 def _numbers(
     losses: Tensor | None, num_bytes: int | None, limit: int | None
 ) -> tuple[float | None, float | None, float | None, str]:
-    """Nats a token, perplexity, bits per byte and status; ``losses`` is None where the model cannot run."""
+    """Nats a token, perplexity, bits per byte and status; `losses` is None where the model cannot run."""
     if losses is None:
         return None, None, None, f"cannot run: learned position table has {limit} rows"
     nats = float(losses.double().mean())

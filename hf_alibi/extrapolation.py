@@ -17,14 +17,16 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from hf_alibi.data import DataArguments, count_bytes, load_tokenizer, load_tokens
-from hf_alibi.errors import InputError
-from hf_alibi.evaluation import Extrapolation, check_memory, check_protocol, evaluate_extrapolation
-from hf_alibi.families import is_alibi, position_limit
-from hf_alibi.plots import loss_by_position, perplexity_by_length, require_matplotlib
-from hf_alibi.report import protocol_title, table_rows, write_report
-from hf_alibi.results import Results, check_output_dir, environment, write_results
-from hf_alibi.settings import load_settings, one_line
+from .data import DataArguments, count_bytes, load_tokenizer, load_tokens
+from .errors import InputError
+from .evaluation import Extrapolation, evaluate_extrapolation
+from .families import is_alibi, position_limit
+from .memory import check_memory
+from .plots import loss_by_position, perplexity_by_length, require_matplotlib
+from .report import protocol_title, table_rows, write_report
+from .results import Results, check_output_dir, environment, write_results
+from .settings import load_settings, one_line
+from .windows import check_protocol
 
 __all__ = ["ExtrapolateArguments", "Protocol", "compare", "extrapolate"]
 
@@ -153,12 +155,12 @@ def extrapolate(argv: Sequence[str]) -> Results:
 
 
 def compare(args: ExtrapolateArguments, data: DataArguments) -> Results:
-    """Evaluate models at each length and write results, report and plots to ``args.output_dir``.
+    """Evaluate models at each length and write results, report and plots to `args.output_dir`.
 
     Output folder, model files, text, lengths and memory are checked for all models before the first is
     evaluated; nothing is written before the last is. Models are in memory one at a time.
 
-    Returns what ``results.json`` holds. Raises `InputError` where something given cannot be used.
+    Returns what `results.json` holds. Raises `InputError` where something given cannot be used.
     """
     console = Console(highlight=False)
     output_dir = Path(args.output_dir)
@@ -255,7 +257,7 @@ def _load_tokens(data: DataArguments, tokenizer: Tokenizer) -> Tensor:
 def _check_vocabularies(sources: Sequence[_Source], tokens: Tensor, tokenizer: Tokenizer, *, shared: bool) -> None:
     """Check that all models read the same tokens: perplexities of different vocabularies do not compare.
 
-    ``shared`` says that the tokenizer was named for all models; then one may have no tokenizer of its own.
+    `shared` says that the tokenizer was named for all models; then one may have no tokenizer of its own.
     """
     text = tokenizer.decode(tokens[-_SAMPLE_TOKENS:].tolist(), skip_special_tokens=True)
     expected = tokenizer.encode(text, add_special_tokens=False)

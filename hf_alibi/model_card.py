@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from hf_alibi.data import PYTHON_DOCS
+from .data import PYTHON_DOCS
 
 __all__ = ["model_card"]
 
@@ -52,13 +52,13 @@ def model_card(metrics: dict[str, Any]) -> str:
         f"perplexity {_number(metrics['perplexity'])}, {_number(metrics['bits_per_byte'])} bits per byte "
         f"(blocks of {config['block_size']} tokens)",
         "",
-        "```python",
+        "``python",
         *([] if config["attention"] == "original" else ["import hf_alibi  # registers the ALiBi classes"]),
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("{name}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        "```",
+        "``",
         "",
         "`config.yaml` holds every setting of the run, `metrics.json` every number.",
     ]

@@ -30,14 +30,20 @@ __all__ = [
 class AlibiModel:
     """What every ALiBi model class shares; it stands before the class of transformers that it converts."""
 
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    # Engines that ask this put their own attention in place of the model's, and the bias would be lost.
+    _supports_attention_backend = False
+
     def __init__(self, config: AlibiConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         install_alibi(self, MODEL_CLASSES)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """The implementation to use, as transformers decides. Raises ValueError for one that has no ALiBi form."""
+        if requested_attention is not None:
+            alibi_name(requested_attention)
         name: str = super().get_correct_attn_implementation(requested_attention, is_init_check)  # type: ignore[misc]
-        alibi_name(name)
         return name
 
 

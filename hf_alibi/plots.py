@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_alibi.errors import InputError
-from hf_alibi.results import Results, replacing
+from .errors import InputError
+from .results import Results, replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +25,7 @@ _TITLES = {"sliding": "sliding window", "non_overlapping": "non-overlapping wind
 
 
 def perplexity_by_length(results: Results, path: Path) -> None:
-    """Draw perplexity against length, one panel a protocol, one line a model, as a PNG at ``path``.
+    """Draw perplexity against length, one panel a protocol, one line a model, as a PNG at `path`.
 
     Cropped baselines are dashed, the training length is a vertical line, and a model that cannot run at
     the greater lengths ends in a cross.
@@ -85,7 +85,7 @@ def _draw_lengths(panel: Axes, line: Sequence[Mapping[str, Any]], colour: str, *
 
 
 def loss_by_position(results: Results, path: Path) -> None:
-    """Draw the mean loss against the context before the target, one line a model, as a PNG at ``path``."""
+    """Draw the mean loss against the context before the target, one line a model, as a PNG at `path`."""
     curves, settings = results["position_loss"], results["settings"]
     colours = _colours(row["model"] for row in results["rows"])
     figure = _figure(width=7.0, height=4.4)
@@ -109,9 +109,9 @@ def loss_by_position(results: Results, path: Path) -> None:
 
 
 def loss_curve(metrics: Mapping[str, Any], path: Path) -> None:
-    """Draw training and evaluation loss against the optimizer step, as a PNG at ``path``.
+    """Draw training and evaluation loss against the optimizer step, as a PNG at `path`.
 
-    ``metrics["history"]`` holds dictionaries with "step" and any of "loss" and "eval_loss", in nats per
+    `metrics["history"]` holds dictionaries with "step" and any of "loss" and "eval_loss", in nats per
     token.
     """
     figure = _figure(width=7.0, height=4.4)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_alibi.results import Results, replacing
+from .results import Results, replacing
 
 __all__ = ["format_value", "protocol_title", "table_rows", "write_report"]
 
@@ -57,9 +57,9 @@ _LIMITS = (
 
 
 def write_report(results: Results, path: Path) -> None:
-    """Write the Markdown report of an extrapolation run to ``path``.
+    """Write the Markdown report of an extrapolation run to `path`.
 
-    Images are linked as ``perplexity.png`` and ``position_loss.png`` beside it.
+    Images are linked as `perplexity.png` and `position_loss.png` beside it.
     """
     sections = [
         "# Perplexity beyond the training length",
@@ -89,7 +89,7 @@ def protocol_title(results: Results, protocol: str) -> str:
 
 
 def table_rows(results: Results, protocol: str, value: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield, for each model and context, its name and ``value`` (a row's field) at each length as text."""
+    """Yield, for each model and context, its name and `value` (a row's field) at each length as text."""
     for model, context in _lines(results):
         line = _line(results, model, protocol, context)
         cells = [format_value(row[value]) if row["status"] == "ok" else "cannot run" for row in line]

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from hf_alibi.errors import InputError
-from hf_alibi.settings import one_line
+from .errors import InputError
+from .settings import one_line
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -60,7 +60,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_commit(folder: Path) -> str | None:
-    """Commit of the checkout at ``folder`` ("-dirty" after local changes); None for no checkout."""
+    """Commit of the checkout at `folder` ("-dirty" after local changes); None for no checkout."""
     # Looking no higher keeps the commit of an unrelated repository around a virtual environment out.
     if not (folder / ".git").exists():
         return None
@@ -73,7 +73,7 @@ def _git_commit(folder: Path) -> str | None:
 
 
 def check_output_dir(folder: Path) -> None:
-    """Check that a run may write into ``folder``: new or empty, and writable. Creates nothing.
+    """Check that a run may write into `folder`: new or empty, and writable. Creates nothing.
 
     Raises `InputError` where not.
     """
@@ -92,7 +92,7 @@ def check_output_dir(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; it takes the place of ``path`` at the end, or goes on an error.
+    """Yield a temporary name beside `path`; it takes the place of `path` at the end, or goes on an error.
 
     So a reader sees the old file or the complete new one, never half of it.
     """
@@ -106,7 +106,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_results(results: Results, folder: Path) -> tuple[Path, Path]:
-    """Write ``results.json`` (everything) and ``results.csv`` (the rows) into ``folder``; returns both paths.
+    """Write `results.json` (everything) and `results.csv` (the rows) into `folder`; returns both paths.
 
     Raises ValueError for NaN and infinities, which are not JSON: a number that does not exist is None.
     """

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_alibi.errors import InputError
+from .errors import InputError
 
 __all__ = ["load_settings", "one_line", "read_yaml", "resolve_settings", "save_settings"]
 

@@ -3,7 +3,6 @@
 import json
 import math
 import time
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,25 +10,21 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    ProgressCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
-    default_data_collator,
     set_seed,
 )
 
-from hf_alibi.data import (
+from .checkpoints import STATE_FILE, is_complete, last_complete_checkpoint
+from .data import (
     DataArguments,
     TokenBlocks,
     TokenSplit,
@@ -38,22 +33,20 @@ from hf_alibi.data import (
     load_tokens,
     pack_blocks,
 )
-from hf_alibi.errors import InputError
-from hf_alibi.families import is_alibi, position_limit
-from hf_alibi.model_card import model_card
-from hf_alibi.patching import apply_alibi
-from hf_alibi.results import check_output_dir, environment, replacing
-from hf_alibi.settings import load_settings, one_line, resolve_settings, save_settings
-from hf_alibi.verification import verify_alibi
+from .errors import InputError
+from .families import is_alibi, position_limit
+from .model_card import model_card
+from .patching import apply_alibi
+from .results import check_output_dir, environment, replacing
+from .settings import load_settings, one_line, resolve_settings, save_settings
+from .trainer import check_weights, make_trainer
+from .verification import verify_alibi
 
-__all__ = ["FinetuneArguments", "finetune", "last_complete_checkpoint", "load_model", "train"]
+__all__ = ["FinetuneArguments", "finetune", "load_model", "train"]
 
 _CONFIG_FILE = "config.yaml"
 _METRICS_FILE = "metrics.json"
 _CARD_FILE = "README.md"
-_STATE_FILE = "trainer_state.json"
-# What a checkpoint needs for an exact continuation.
-_RESUME_FILES = ("*model*", "optimizer*", "scheduler*", "rng_state*")
 _MAX_NATS = 709.0  # exp of more overflows a float
 
 
@@ -128,10 +121,10 @@ def train(args: FinetuneArguments, data: DataArguments, training: TrainingArgume
     blocks = f"{len(train_blocks):,} blocks of {args.block_size} tokens, {len(eval_blocks or ()):,} held out"
     console.print(f"{type(model).__name__}, {parameters:,} parameters, attention {args.attention}; {blocks}")
     config = resolve_settings((args, data, training))
-    trainer = _make_trainer(model, tokenizer, training, train_blocks, eval_blocks)
+    trainer = make_trainer(model, tokenizer, training, train_blocks, eval_blocks)
     _run(trainer, checkpoint)
     eval_loss = _final_eval_loss(trainer) if eval_blocks is not None else None
-    _check_weights(model)
+    check_weights(model)
     model.config.use_cache = True  # Trainer turned it off for training; generate needs it
     trainer.save_model()
     metrics = _metrics(trainer.state, eval_loss)
@@ -187,36 +180,6 @@ def load_model(
     return model
 
 
-def last_complete_checkpoint(output_dir: Path) -> Path | None:
-    """Return the newest `checkpoint-N` from which a run can go on exactly; None where there is none.
-
-    A process that is killed while it saves leaves a partial one behind: it is passed over.
-    """
-    steps = {path: path.name.removeprefix("checkpoint-") for path in output_dir.glob("checkpoint-*")}
-    newest_first = sorted((path for path in steps if steps[path].isdigit()), key=lambda path: -int(steps[path]))
-    return next((path for path in newest_first if _is_complete(path)), None)
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    if not all(any(checkpoint.glob(pattern)) for pattern in _RESUME_FILES):
-        return False
-    try:
-        json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8"))
-        for index in checkpoint.glob("*.index.json"):
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            if not all((checkpoint / shard).is_file() for shard in shards):
-                return False
-        for path in checkpoint.rglob("*.safetensors"):
-            with safe_open(path, framework="pt"):  # checks the header against the length of the file
-                pass
-        for path in [*checkpoint.rglob("*.pt"), *checkpoint.rglob("*.pth")]:
-            with zipfile.ZipFile(path):  # the directory of a zip stands at its end: a cut file has none
-                pass
-    except (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile):
-        return False
-    return True
-
-
 def _wants_resume(training: TrainingArguments) -> bool:
     return (training.resume_from_checkpoint or "false").lower() != "false"
 
@@ -226,7 +189,7 @@ def _resume_checkpoint(training: TrainingArguments, console: Console) -> Path | 
         return None
     if training.resume_from_checkpoint.lower() != "true":
         checkpoint = Path(training.resume_from_checkpoint)
-        if not _is_complete(checkpoint):
+        if not is_complete(checkpoint):
             raise InputError(
                 f"{checkpoint} is no complete checkpoint; give another one, or true for the last complete one"
             )
@@ -330,98 +293,9 @@ def _check_fits(model: PreTrainedModel, tokens: TokenSplit, args: FinetuneArgume
         )
 
 
-class _FiniteLossTrainer(Trainer):
-    """Trainer that stops at the first loss that is not finite, before the weights take the step."""
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss: Tensor = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss).all():
-            raise _non_finite(f"the training loss is {loss.item()} at step {self.state.global_step + 1}")
-        return loss
-
-
-class _CheckpointGuard(TrainerCallback):
-    """Before each checkpoint: refuse weights that are not finite, and log.
-
-    Each logged mean ends where a checkpoint is written, so a resumed run logs what an uninterrupted one does.
-    """
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_save:
-            _check_weights(kwargs["model"])
-        if control.should_save or control.should_training_stop:
-            control.should_log = True
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.on_step_end(args, state, control, **kwargs)
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        loss = kwargs["metrics"]["eval_loss"]
-        if not math.isfinite(loss):
-            raise _non_finite(f"the held-out loss is {loss} after step {state.global_step}")
-
-
-class _Progress(ProgressCallback):
-    """Trainer's progress bar, with one short line where Trainer prints a dictionary."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        names = {"loss": "loss", "eval_loss": "held-out loss", "learning_rate": "learning rate"}
-        shown = [f"{text} {logs[key]:.4g}" for key, text in names.items() if logs and key in logs]
-        if self.training_bar is not None and shown:
-            self.training_bar.write(f"step {state.global_step}: {', '.join(shown)}")
-
-
-def _check_weights(model: torch.nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise _non_finite(f"the weight {name} is not finite")
-
-
-def _non_finite(found: str) -> InputError:
-    return InputError(
-        f"{found}: training stopped and no final model is saved; lower learning_rate, add warmup_steps, "
-        "set max_grad_norm, or train in float32 instead of fp16, then start again in another output_dir"
-    )
-
-
-def _make_trainer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    training: TrainingArguments,
-    train_blocks: TokenBlocks,
-    eval_blocks: TokenBlocks | None,
-) -> Trainer:
-    training.logging_nan_inf_filter = False  # it would hide what _FiniteLossTrainer looks for
-    training.include_num_input_tokens_seen = "all"
-    if training.device.type == "cpu":
-        training.dataloader_pin_memory = False  # memory is pinned for a GPU; without one torch warns
-    trainer = _FiniteLossTrainer(
-        model=model,
-        args=training,
-        train_dataset=train_blocks,
-        eval_dataset=eval_blocks,
-        processing_class=tokenizer,
-        data_collator=default_data_collator,
-        callbacks=[_CheckpointGuard()],
-    )
-    if not training.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(_Progress())
-    return trainer
-
-
 def _run(trainer: Trainer, checkpoint: Path | None) -> None:
     if checkpoint is not None:
-        state = TrainerState.load_from_json(str(checkpoint / _STATE_FILE))
+        state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
         *_, last_step = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
         if state.global_step >= last_step:
             # Nothing is left to train, and the model already holds these weights; Trainer would add a step.

@@ -16,6 +16,7 @@ from .attention import BACKENDS, alibi_name, register_backends
 from .attention.head_slopes import head_slopes
 from .errors import VerificationError
 from .families import is_alibi, self_attentions
+from .modes import evaluation_mode
 
 __all__ = ["LayerReport", "verify_alibi"]
 
@@ -66,7 +67,7 @@ def verify_alibi(model: PreTrainedModel) -> list[LayerReport]:
     plain = torch.ones(2, _LENGTH, dtype=torch.long, device=model.device)
     padded = plain.clone()
     padded[1, :_PADDING] = 0
-    with _at_rest(model):
+    with evaluation_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         errors = dict.fromkeys(layers, 0.0)
         for mask in (plain, padded):
             with _recorded_calls() as calls:
@@ -80,19 +81,6 @@ def verify_alibi(model: PreTrainedModel) -> list[LayerReport]:
             LayerReport(name, _measured_slopes(name, layer, calls[layer]), errors[name])
             for name, layer in layers.items()
         ]
-
-
-@contextmanager
-def _at_rest(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients or compiled code; each module's mode comes back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

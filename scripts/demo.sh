@@ -2,7 +2,7 @@
 # The whole path in a few minutes on two cores, with nothing downloaded but packages:
 #   bash scripts/demo.sh
 # pretrains a small GPT-2 with learned positions, converts it to ALiBi, fine-tunes the conversion and two controls on
-# 128 tokens (unconverted; without any positions), and compares them at up to 2048 tokens.
+# 256 tokens (unconverted; without any positions), and compares them at up to 4096 tokens.
 #   bash scripts/demo.sh --model PATH [--steps N]
 # does the same from a pretrained checkpoint, GPT-2 or LLaMA-style.
 #   --output_dir DIR   where the results go (default runs/demo)
@@ -35,10 +35,10 @@ fi
 
 finetune=() extrapolate=()
 if [ -n "$model" ]; then
-    # A real model takes seconds a step: fewer steps, and fewer tokens scored.
-    finetune=(--max_steps "${steps:-20}" --warmup_steps 5 --per_device_train_batch_size 8 --learning_rate 5e-4)
+    # A real model takes seconds a step on a CPU: fewer steps, and fewer tokens scored.
+    finetune=(--max_steps "${steps:-20}" --warmup_steps 5 --per_device_train_batch_size 4 --learning_rate 5e-4)
     finetune+=(--eval_strategy no)
-    extrapolate=(--scored_tokens 2048 --stride 128)
+    extrapolate=(--scored_tokens 4096 --stride 256)
 else
     model=$output_dir/pretrained
     echo "== 1. Pretraining with learned positions"
@@ -46,7 +46,7 @@ else
     [ -z "$steps" ] || finetune=(--max_steps "$steps")
 fi
 for attention in alibi original nope; do
-    echo "== 2. Fine-tuning on 128 tokens: $attention"
+    echo "== 2. Fine-tuning on 256 tokens: $attention"
     hf-alibi finetune configs/demo-finetune.yaml --model_name_or_path "$model" --attention "$attention" \
         --output_dir "$output_dir/$attention" ${finetune[@]+"${finetune[@]}"}
 done

@@ -10,19 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-import hf_alibi.evaluation as evaluation
+from hf_alibi import evaluation, memory
 from hf_alibi.errors import InputError
-from hf_alibi.evaluation import (
+from hf_alibi.evaluation import PositionLoss, evaluate_extrapolation, window_losses
+from hf_alibi.memory import check_memory, peak_bytes
+from hf_alibi.windows import (
     NON_OVERLAPPING,
     SLIDING,
-    PositionLoss,
-    check_memory,
     check_protocol,
-    evaluate_extrapolation,
     non_overlapping_windows,
-    peak_bytes,
     sliding_windows,
-    window_losses,
 )
 
 LENGTHS = (8, 16, 32)
@@ -98,7 +95,7 @@ def test_logits_are_made_in_slices_that_lose_nothing(monkeypatch):
     model.lm_head.register_forward_pre_hook(lambda module, args: widest.append(args[0].shape[-2]))
     expected = run(model, stream)
     assert max(widest) > 7
-    monkeypatch.setattr(evaluation, "_LOGITS_SLICE", 7)
+    monkeypatch.setattr(memory, "LOGITS_SLICE", 7)
     monkeypatch.setattr(evaluation, "_logits_follow_from_hidden_states", lambda *_: True)
     widest.clear()
     for row, wanted in zip(run(model, stream).rows, expected.rows, strict=True):
@@ -256,7 +253,7 @@ def test_too_little_memory_is_said_before_any_long_pass(monkeypatch):
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: lengths_seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    monkeypatch.setattr(evaluation, "_available_bytes", lambda device: 1000)
+    monkeypatch.setattr(memory, "_available_bytes", lambda device: 1000)
     with pytest.raises(InputError, match=r"length 32 needs about .* shorter lengths or attn_implementation sdpa"):
         run(model, tokens(110))
     assert max(lengths_seen) <= 16
@@ -272,7 +269,7 @@ def test_estimate_counts_quadratic_scores_for_eager_only():
 
 
 def test_weights_still_to_be_loaded_count(monkeypatch):
-    monkeypatch.setattr(evaluation, "_available_bytes", lambda device: 2**30)
+    monkeypatch.setattr(memory, "_available_bytes", lambda device: 2**30)
     options = {"length": 32, "batch": 1, "dtype": torch.float32, "device": torch.device("cpu")}
     config = stock_model("llama").config
     check_memory(config, **options)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer
 
 import hf_alibi
-from hf_alibi import evaluation, extrapolation
+from hf_alibi import evaluation, extrapolation, memory
 from hf_alibi.errors import InputError
 from hf_alibi.extrapolation import extrapolate
 from hf_alibi.results import read_results
@@ -221,7 +221,7 @@ class TestWrongInputStopsBeforeEvaluation:
         assert (tmp_path / "out" / "results.json").read_text() == "mine"
 
     def test_more_than_memory(self, refused, monkeypatch):
-        monkeypatch.setattr(evaluation, "_available_bytes", lambda device: 1000)
+        monkeypatch.setattr(memory, "_available_bytes", lambda device: 1000)
         refused("of memory is free; use shorter lengths")
 
     def test_no_matplotlib(self, refused, monkeypatch):

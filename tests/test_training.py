@@ -24,10 +24,11 @@ from transformers import (
     TrainerCallback,
 )
 
+from hf_alibi.checkpoints import last_complete_checkpoint
 from hf_alibi.data import DataArguments, load_tokenizer, load_tokens, pack_blocks
 from hf_alibi.errors import InputError
 from hf_alibi.settings import read_yaml
-from hf_alibi.training import finetune, last_complete_checkpoint
+from hf_alibi.training import finetune
 
 BLOCK = 32
 VOCABULARY = 259
