@@ -36,6 +36,13 @@ class AlibiModel:
     _supports_attention_backend = False
 
     def __init__(self, config: AlibiConfig, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(config, AlibiConfig):
+            raise TypeError(
+                f"{type(self).__name__} needs an ALiBi config, got {type(config).__name__}; "
+                "to convert a model that is built already, use hf_alibi.apply_alibi(model)"
+            )
+        # Again: fields may have been changed since the config was made, such as by from_pretrained's arguments.
+        config.validate_alibi()
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         install_alibi(self, MODEL_CLASSES)
 

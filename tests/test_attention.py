@@ -255,9 +255,19 @@ def test_memory_grows_linearly_forward_and_backward(monkeypatch, masked, dropout
     monkeypatch.setattr(sdpa_backend, "_DENSE_ENTRIES", budget)
     inputs = [x.requires_grad_() for x in qkv(1, heads, heads, length, length, width)]
     mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril() if masked else None
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
+        return tensor
+
     with LargestTensor() as largest_tensor:
-        run("sdpa", *inputs, mask, layer(heads).train(), dropout=dropout).sum().backward()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = run("sdpa", *inputs, mask, layer(heads).train(), dropout=dropout)
+        output.sum().backward()
     assert largest_tensor.entries <= max(budget, heads * length * (width + 4))
+    # Kept for the backward pass: queries, keys, values, output, a mask of one byte an entry, and no block's bias.
+    assert sum(saved.values()) <= 5 * heads * length * (width + 4) + length * length // 4
 
 
 def test_masked_blocks_equal_one_block(monkeypatch):
@@ -345,6 +355,12 @@ def test_dynamic_scaling_depends_on_what_each_query_sees(backend):
     assert largest(output, truth) < EXACT
     mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
     assert largest(run(backend, query, key, value, mask, module), truth) < EXACT
+
+
+@backends
+def test_dynamic_scaling_without_a_training_length_is_refused(backend):
+    with pytest.raises(ValueError, match="needs alibi_train_length"):
+        run(backend, *qkv(1, 4, 4, 3, 3), module=layer(4, scaling={"type": "dynamic"}))
 
 
 @backends

@@ -127,6 +127,19 @@ def test_scaling_is_chosen_at_load_time(family, tmp_path):
         assert not same(loaded, model)
 
 
+def test_scaling_that_cannot_work_is_refused_at_load_time(family, tmp_path):
+    hf_alibi.apply_alibi(stock_model(family)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="needs alibi_train_length"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, alibi_scaling={"type": "dynamic"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, alibi_scaling={"type": "dynamic"}, alibi_train_length=8)
+    hf_alibi.verify_alibi(loaded)
+
+
+def test_a_class_of_this_package_needs_its_config(family):
+    with pytest.raises(TypeError, match="needs an ALiBi config"):
+        CAUSAL_LM[family](stock_config(family))
+
+
 def test_the_implementation_is_chosen_at_load_time(family, tmp_path):
     hf_alibi.apply_alibi(stock_model(family)).save_pretrained(tmp_path)
     assert (

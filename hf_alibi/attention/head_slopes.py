@@ -58,6 +58,8 @@ def head_slopes(config: Any, num_heads: int, device: torch.device) -> HeadSlopes
     )
     if scaling is None or scaling["type"] != "dynamic":
         return HeadSlopes(per_head)
+    if config.alibi_train_length is None:
+        raise ValueError("alibi_scaling of type 'dynamic' needs alibi_train_length, the tokens trained on")
     return HeadSlopes(per_head, (config.alibi_train_length, scaling.get("factor")))
 
 
@@ -68,11 +70,7 @@ def _build(
     return scale_slopes(values, None if scaling is None else dict(scaling)).to(device)
 
 
-@lru_cache(maxsize=256)
-def _cached(*args: Any) -> Tensor:
-    # A tensor made in inference mode could never take part in training later.
-    with torch.inference_mode(False):
-        return _build(*args)
+_cached = lru_cache(maxsize=256)(_build)
 
 
 def _per_head(*args: Any) -> Tensor:
