@@ -32,10 +32,6 @@ class LayerConfig:
     def _attn_implementation(self) -> str:
         return alibi_name(self.__dict__["_config"]._attn_implementation)
 
-    @_attn_implementation.setter
-    def _attn_implementation(self, name: str) -> None:
-        self.__dict__["_config"]._attn_implementation = name
-
     def __getattr__(self, name: str) -> Any:
         # Python asks for special methods when it copies and pickles; the config's must not answer for the view.
         if name.startswith("__") or "_config" not in self.__dict__:

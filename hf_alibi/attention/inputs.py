@@ -14,15 +14,22 @@ __all__ = ["refuse_unsupported", "visible_keys"]
 # An additive entry at or under this is a mask: after softmax it leaves nothing in any floating-point type.
 _MASKED = -1e4
 
-# Arguments that change the attention in ways that these backends do not carry out.
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")
+# Arguments that change the attention in ways that these backends do not carry out, and what they stand for.
+_UNSUPPORTED = {
+    "softcap": "capped logits",
+    "s_aux": "attention sinks",
+    "position_bias": "another position bias",
+    "cache": "the paged cache of continuous batching",
+}
 
 
 def refuse_unsupported(name: str, module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
     """Raise ValueError for an argument of the attention call that backend `name` would otherwise ignore."""
-    given = [argument for argument in _UNSUPPORTED if kwargs.get(argument) is not None]
-    if given:
-        raise ValueError(f"ALiBi attention '{name}' of {type(module).__name__} does not support {given}")
+    for argument, meaning in _UNSUPPORTED.items():
+        if kwargs.get(argument) is not None:
+            raise ValueError(
+                f"ALiBi attention '{name}' of {type(module).__name__} does not support {meaning} ({argument}=...)"
+            )
     if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
         raise ValueError(f"ALiBi is for causal attention; {type(module).__name__} was called with is_causal=False")
 

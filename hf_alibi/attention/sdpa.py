@@ -63,9 +63,10 @@ def sdpa_alibi_attention(
         if key.shape[2] < queries:
             raise ValueError(f"causal attention of {queries} queries needs as many keys, got {key.shape[2]}")
         attend = partial(_causal_block, key=key, value=value, slopes=slopes, scaling=scaling, dropout=dropout)
-        # With dropout PyTorch has no fused kernel on every device: its matrix of weights must fit.
         rows = _CAUSAL_ROWS if queries > _SINGLE_CALL else queries
-        rows = min(rows, dense_rows) if dropout else rows
+        if dropout and query.device.type != "cuda":
+            # Only CUDA has fused kernels with dropout; elsewhere the matrix of weights is built, and must fit.
+            rows = min(rows, dense_rows)
     else:
         allowed, added = visible_keys(attention_mask, query, key)
         attend = partial(
