@@ -13,3 +13,5 @@ if [ ! -e "$stamp" ]; then
     touch "$stamp"
 fi
 . .venv/bin/activate
+# Threads that wait by spinning cost tenfold where other programs want the same cores.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
