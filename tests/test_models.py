@@ -236,13 +236,25 @@ def test_trains_with_attention_dropout(family):
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_autocast(family):
-    model, input_ids = alibi_model(family, 4), tokens(1, 60)
-    for backend in ("eager", "sdpa"):
-        model.set_attn_implementation(backend)
+@backends
+@pytest.mark.parametrize("padded", [False, True])
+def test_autocast_is_as_good_as_with_the_unconverted_attention(family, backend, padded):
+    """Mixed precision rounds inside the attention call. Key positions beyond 256 would not survive that."""
+    model, input_ids = alibi_model(family, 12, backend), tokens(2, 900)
+    mask = torch.ones_like(input_ids)
+    mask[0, : 100 * padded] = 0
+    errors = []
+    for stock in (False, True):
+        head_slopes = torch.zeros(12) if stock else None
+        for _, attention in hf_alibi.families.self_attentions(model):
+            attention.config = model.config if stock else attention.config
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = logits(model, input_ids)
-        assert largest(output, logits(model, input_ids)) < 0.3
+            output = logits(model, input_ids, attention_mask=mask if padded else None)
+        error = (output - truth(family, model, input_ids, mask, head_slopes=head_slopes))[mask.bool()].abs()
+        errors.append((error.mean(), error.max()))
+    (mean, maximum), (stock_mean, stock_maximum) = errors
+    assert mean <= 1.5 * stock_mean
+    assert maximum <= 1.5 * stock_maximum
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..bias import causal_rows
 
-__all__ = ["refuse_unsupported", "visible_keys"]
+__all__ = ["autocast", "refuse_unsupported", "visible_keys"]
 
 # An additive entry at or under this is a mask: after softmax it leaves nothing in any floating-point type.
 _MASKED = -1e4
@@ -32,6 +32,17 @@ def refuse_unsupported(name: str, module: torch.nn.Module, kwargs: dict[str, Any
             )
     if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
         raise ValueError(f"ALiBi is for causal attention; {type(module).__name__} was called with is_causal=False")
+
+
+def autocast(device: torch.device, *tensors: Tensor) -> list[Tensor]:
+    """`tensors` in the type that autocast would give them, if it is on: float32 becomes its half type.
+
+    A backend that calls this first can turn autocast off for what follows, where float32 must stay float32.
+    """
+    if not torch.is_autocast_enabled(device.type):
+        return list(tensors)
+    half = torch.get_autocast_dtype(device.type)
+    return [tensor if tensor.dtype == torch.float64 else tensor.to(half) for tensor in tensors]
 
 
 def visible_keys(attention_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..bias import alibi_bias, causal_rows
 from .head_slopes import HeadSlopes, head_slopes
-from .inputs import refuse_unsupported, visible_keys
+from .inputs import autocast, refuse_unsupported, visible_keys
 
 __all__ = ["sdpa_alibi_attention"]
 
@@ -57,6 +57,8 @@ def sdpa_alibi_attention(
     refuse_unsupported("sdpa", module, kwargs)
     slopes = head_slopes(module.config, query.shape[1], query.device)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # The kernel's inputs would be rounded after the bias has been made part of them.
+    query, key, value = autocast(query.device, query, key, value)
     queries = query.shape[2]
     dense_rows = max(1, _DENSE_ENTRIES // (query.shape[0] * query.shape[1] * key.shape[2]))
     if attention_mask is None and queries > 1:
@@ -81,7 +83,8 @@ def sdpa_alibi_attention(
         )
         # A graph with a block for every so many queries would be a new graph for every length.
         rows = queries if torch.compiler.is_compiling() else dense_rows
-    output = _in_blocks(attend, query, rows, keep_rng=dropout > 0)
+    with torch.autocast(query.device.type, enabled=False):
+        output = _in_blocks(attend, query, rows, keep_rng=dropout > 0)
     return output.transpose(1, 2).contiguous(), None
 
 
