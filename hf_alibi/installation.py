@@ -59,6 +59,9 @@ def install_alibi(model: PreTrainedModel, classes: Mapping[type[PreTrainedModel]
             part.__class__ = classes[type(part)]
             # transformers looks up what to record for output_attentions and output_hidden_states by class.
             _CAN_RECORD_REGISTRY[part] = part._can_record_outputs
+        if isinstance(part, PreTrainedModel) and part.loss_type is None:
+            # What transformers falls back to, but with a warning on the way that torch.compile cannot trace.
+            part.loss_type = "ForCausalLM"
     family = family_of(model.config)
     base = model.base_model
     positions = getattr(base, family.positions)

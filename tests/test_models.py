@@ -282,6 +282,15 @@ def test_compiles_to_one_graph(family):
     assert largest(masked[mask.bool()], logits(model, input_ids, attention_mask=mask)[mask.bool()]) < 1e-5
 
 
+def test_compiles_a_training_step_to_one_graph(family):
+    model, input_ids = alibi_model(family, 4), tokens(2, 24)
+    torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids, labels=input_ids).loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(input_ids, labels=input_ids).loss.backward()
+    assert all(torch.allclose(a, p.grad, atol=1e-5) for a, p in zip(gradients, model.parameters(), strict=True))
+
+
 @pytest.mark.slow
 def test_compiles_with_inductor(family):
     """The default compiler, forward and backward."""
