@@ -17,6 +17,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProgressCallback,
     Trainer,
     TrainerState,
     TrainingArguments,
@@ -301,7 +302,12 @@ def _run(trainer: Trainer, checkpoint: Path | None) -> None:
             # Nothing is left to train, and the model already holds these weights; Trainer would add a step.
             trainer.state = state
             return
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.close()  # so that an error's message has a line of its own
 
 
 def _final_eval_loss(trainer: Trainer) -> float:
