@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from .data import DataArguments, count_bytes, load_tokenizer, load_tokens
 from .errors import InputError
 from .evaluation import Extrapolation, evaluate_extrapolation
-from .families import is_alibi, position_limit
+from .families import has_no_positions, is_alibi, position_limit
 from .memory import check_memory
 from .plots import loss_by_position, perplexity_by_length, require_matplotlib
 from .report import protocol_title, table_rows, write_report
@@ -142,8 +142,7 @@ class _Source:
 
     def _positions(self) -> str:
         if is_alibi(self.config):
-            slopes = self.config.alibi_slopes
-            return "none (ALiBi, all slopes 0)" if slopes is not None and not any(slopes) else "ALiBi"
+            return "none (ALiBi, all slopes 0)" if has_no_positions(self.config) else "ALiBi"
         if self.position_limit is not None:
             return f"learned table, {self.position_limit} rows"
         return "its own"

@@ -13,6 +13,7 @@ __all__ = [
     "FAMILIES",
     "ModelFamily",
     "family_of",
+    "has_no_positions",
     "is_alibi",
     "position_limit",
     "self_attentions",
@@ -55,6 +56,11 @@ def supported_families() -> tuple[str, ...]:
 def is_alibi(config: PreTrainedConfig) -> bool:
     """Whether `config` is of a converted model."""
     return str(config.model_type).startswith("alibi_")
+
+
+def has_no_positions(config: PreTrainedConfig) -> bool:
+    """Whether `config` is of a converted model whose slopes are all 0, which leaves it without any positions."""
+    return is_alibi(config) and config.alibi_slopes is not None and not any(config.alibi_slopes)
 
 
 def family_of(config: PreTrainedConfig) -> ModelFamily:

@@ -35,7 +35,7 @@ from .data import (
     pack_blocks,
 )
 from .errors import InputError
-from .families import is_alibi, position_limit
+from .families import has_no_positions, is_alibi, position_limit
 from .model_card import model_card
 from .patching import apply_alibi
 from .results import check_output_dir, environment, replacing
@@ -160,8 +160,7 @@ def load_model(
     else:
         model = _build_fresh(args, tokenizer)
     if is_alibi(model.config):
-        slopes = model.config.alibi_slopes
-        attention = "nope" if slopes is not None and not any(slopes) else "alibi"
+        attention = "nope" if has_no_positions(model.config) else "alibi"
         if args.attention != attention:
             source = checkpoint or args.model_name_or_path or "model_config"
             raise InputError(
