@@ -2,7 +2,9 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .attention.reading import Reads, record_reads
 from .bias import build_alibi_tensor
+from .cache import AlibiCache
 from .configuration import AlibiConfig, AlibiGPT2Config, AlibiLlamaConfig
 from .errors import InputError, VerificationError
 from .evaluation import evaluate_extrapolation
@@ -26,6 +28,7 @@ from .slopes import alibi_slopes
 from .verification import verify_alibi
 
 __all__ = [
+    "AlibiCache",
     "AlibiConfig",
     "AlibiGPT2Config",
     "AlibiGPT2DoubleHeadsModel",
@@ -41,11 +44,13 @@ __all__ = [
     "AlibiLlamaForTokenClassification",
     "AlibiLlamaModel",
     "InputError",
+    "Reads",
     "VerificationError",
     "alibi_slopes",
     "apply_alibi",
     "build_alibi_tensor",
     "evaluate_extrapolation",
+    "record_reads",
     "supported_families",
     "verify_alibi",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `hf-alibi finetune CONFIG.yaml ...` and `hf-alibi extrapolate CONFIG.yaml ...`."""
+"""The command line: `hf-alibi finetune CONFIG.yaml ...`, and likewise `extrapolate` and `benchmark`."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +17,7 @@ usage: hf-alibi COMMAND CONFIG.yaml [--field value ...]
 commands:
   finetune      convert a model to ALiBi (or leave it alone) and train it
   extrapolate   perplexity of trained models at lengths beyond training
+  benchmark     time and memory of ALiBi against what a model used before
 
 `hf-alibi COMMAND --help` lists every field; `hf-alibi --version` prints the version."""
 
@@ -82,7 +83,20 @@ def _extrapolate(argv: Sequence[str]) -> None:
     extrapolate(argv)
 
 
-_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"finetune": _finetune, "extrapolate": _extrapolate}
+def _benchmark(argv: Sequence[str]) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
+    from .benchmark import benchmark
+
+    disable_progress_bar()
+    benchmark(argv)
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "finetune": _finetune,
+    "extrapolate": _extrapolate,
+    "benchmark": _benchmark,
+}
 
 
 def _version() -> str:

@@ -42,6 +42,12 @@ def _scaling_field(value: dict[str, Any] | None) -> None:
         check_scaling(value)
 
 
+@as_validated_field
+def _tolerance_field(value: float | None) -> None:
+    if value is not None and not 0 < value < 1:
+        raise ValueError(f"alibi_tolerance must be a share of a row's weights between 0 and 1, or null, got {value}")
+
+
 class AlibiConfig(PreTrainedConfig):
     """The fields that ALiBi adds to a configuration.
 
@@ -50,6 +56,8 @@ class AlibiConfig(PreTrainedConfig):
         alibi_train_length: tokens that the model was trained on with ALiBi, for `dynamic` scaling and for readers.
         alibi_scaling: None, or {"type": "linear" | "ntk" | "dynamic", "factor": number >= 1}: see `scale_slopes`
             and `dynamic_scale`. It may be given when a checkpoint is loaded.
+        alibi_tolerance: share of a query's weights that the far keys which are not read may have together; None for
+            less than rounding takes, so that attention is exact. It may be given when a checkpoint is loaded.
 
     `max_position_embeddings` stays what it was and limits nothing.
     """
@@ -57,6 +65,7 @@ class AlibiConfig(PreTrainedConfig):
     alibi_slopes: list[float] | None = _slopes_field(default=None)
     alibi_train_length: int | None = _train_length_field(default=None)
     alibi_scaling: dict[str, Any] | None = _scaling_field(default=None)
+    alibi_tolerance: float | None = _tolerance_field(default=None)
 
     def validate_alibi(self) -> None:
         """Raise ValueError where fields do not fit together (run by `strict` when the config is made)."""

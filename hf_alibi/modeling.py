@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 from transformers.models.gpt2 import modeling_gpt2 as gpt2
 from transformers.models.llama import modeling_llama as llama
 
-from .attention import alibi_name
+from .attention import check_backend
 from .configuration import AlibiConfig, AlibiGPT2Config, AlibiLlamaConfig
 from .installation import install_alibi
 
@@ -30,8 +30,9 @@ __all__ = [
 class AlibiModel:
     """What every ALiBi model class shares; it stands before the class of transformers that it converts."""
 
-    _supports_flash_attn = False
-    _supports_flex_attn = False
+    config: AlibiConfig
+    _supports_flash_attn = True
+    _supports_flex_attn = True
     # Engines that ask this put their own attention in place of the model's, and the bias would be lost.
     _supports_attention_backend = False
 
@@ -46,10 +47,30 @@ class AlibiModel:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         install_alibi(self, MODEL_CLASSES)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As any model's. Raises ValueError where flash-attn would take the empty end of a static cache for tokens."""
+        if self.config._attn_implementation == "flash_attention_2" and kwargs.get("attention_mask") is None:
+            caches = [value for value in (*args, *kwargs.values()) if getattr(value, "is_compileable", False)]
+            if caches:
+                raise ValueError(
+                    f"'flash_attention_2' needs the keyword attention_mask beside a {type(caches[0]).__name__}, "
+                    "(batch, tokens so far); give it, or use attn_implementation='sdpa'"
+                )
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, is_init_check: bool = False, **kwargs: Any
+    ) -> str:
+        # That of transformers first puts kernels from the hub, which ALiBi does not know, in place of flash-attn.
+        return self.get_correct_attn_implementation(attn_implementation, is_init_check)
+
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """The implementation to use, as transformers decides. Raises ValueError for one that has no ALiBi form."""
+        """The implementation to use, as transformers decides.
+
+        Raises ValueError for one that has no ALiBi form, ImportError for one whose package is missing.
+        """
         if requested_attention is not None:
-            alibi_name(requested_attention)
+            check_backend(requested_attention)
         name: str = super().get_correct_attn_implementation(requested_attention, is_init_check)  # type: ignore[misc]
         return name
 

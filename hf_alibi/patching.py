@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
-from .attention import alibi_name
+from .attention import check_backend
 from .configuration import CONFIG_CLASSES, AlibiConfig, check_slopes
 from .families import family_of, is_alibi
 from .installation import install_alibi
@@ -34,7 +34,7 @@ def apply_alibi(model: Model, *, slopes: Sequence[float] | None = None) -> Model
 
     Raises TypeError for what is no `PreTrainedModel`; ValueError for a family or class that has no ALiBi form, a
     model that is converted already, an attention implementation without ALiBi form, and slopes that do not fit the
-    heads. After an error the model is as it was.
+    heads; ImportError for `flash_attention_2` without flash-attn. After an error the model is as it was.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -61,14 +61,15 @@ def _alibi_config(model: PreTrainedModel, slopes: list[float] | None) -> AlibiCo
         raise ValueError(
             f"no ALiBi form of {type(model).__name__} with {type(stock).__name__}; there is one of {known}"
         )
-    alibi_name(stock._attn_implementation)
+    check_backend(stock._attn_implementation)
     check_slopes(slopes, stock.num_attention_heads)
     # Of another class but with every value, private ones too, of the original, which stays as it was.
     config: Any = copy.deepcopy(stock)
     config.__class__ = CONFIG_CLASSES[type(stock)]
     # A config that was read from a file carries its model type itself, which would hide that of the class.
     vars(config).pop("model_type", None)
-    config.alibi_slopes, config.alibi_train_length, config.alibi_scaling = slopes, None, None
+    config.alibi_slopes = slopes
+    config.alibi_train_length = config.alibi_scaling = config.alibi_tolerance = None
     config.validate_alibi()
     alibi_config: AlibiConfig = config
     return alibi_config

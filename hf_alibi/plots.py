@@ -1,4 +1,4 @@
-"""Pictures made from result files: perplexity against length, loss against position, loss against step."""
+"""Pictures made from result files: perplexity and cost against length, loss against position, loss against step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["loss_by_position", "loss_curve", "perplexity_by_length", "require_matplotlib"]
+__all__ = ["cost_by_length", "loss_by_position", "loss_curve", "perplexity_by_length", "require_matplotlib"]
 
 # The palette of Okabe and Ito, which colour-blind readers can tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -132,6 +132,48 @@ def loss_curve(metrics: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def cost_by_length(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the cost per token of attention and its ratio to the first side against length, as a PNG at `path`.
+
+    `rows` are those of a benchmark's part "attention": one line a side, dashed with the backward pass. A side that
+    was not run at a length has no point there. The ratio's band is its quartiles.
+    """
+    colours = _colours(row["side"] for row in rows)
+    figure = _figure(width=11.2, height=4.8)
+    cost, ratio = figure.subplots(1, 2)
+    for side, colour in colours.items():
+        for what, style in (("forward", "-o"), ("forward_backward", "--o")):
+            shown = [row for row in rows if _is(row, side=side, what=what, status="ok")]
+            if not shown:
+                continue
+            label = side if what == "forward" else f"{side}, with backward"
+            lengths = [row["length"] for row in shown]
+            cost.plot(
+                lengths,
+                [row["microseconds_per_token"] for row in shown],
+                style,
+                color=colour,
+                markersize=4,
+                label=label,
+            )
+            compared = [row for row in shown if row["ratio"] is not None]
+            lengths = [row["length"] for row in compared]
+            ratio.plot(lengths, [row["ratio"] for row in compared], style, color=colour, markersize=4)
+            low, high = ([row[end] for row in compared] for end in ("ratio_low", "ratio_high"))
+            ratio.fill_between(lengths, low, high, color=colour, alpha=0.15)
+    for panel, title in (
+        (cost, "attention: microseconds per token"),
+        (ratio, f"ratio to {next(iter(colours))}, in the same round"),
+    ):
+        _length_axis(panel, sorted({row["length"] for row in rows}))
+        panel.set_yscale("log", base=2)
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.set_xlabel("length (tokens)")
+        panel.set_title(title, fontsize=11)
+    _legend(figure, cost)
+    _save(figure, path)
+
+
 def require_matplotlib() -> None:
     """Raise `InputError` where matplotlib is not installed, before a run that ends in plots begins."""
     if find_spec("matplotlib") is None:
@@ -169,19 +211,20 @@ def _powers_of_two(longest: int) -> list[int]:
     return [2**power for power in range(longest.bit_length())]
 
 
-def _length_axis(panel: Axes, ticks: Sequence[int], train_length: int) -> None:
+def _length_axis(panel: Axes, ticks: Sequence[int], train_length: int | None = None) -> None:
     """Make x a binary logarithm with plain numbers, and mark the training length."""
     panel.set_xscale("log", base=2)
     panel.set_xticks(ticks, [str(tick) for tick in ticks], rotation=45 if len(ticks) > 8 else 0)
     panel.minorticks_off()
-    panel.axvline(
-        train_length,
-        color="0.5",
-        linestyle=":",
-        linewidth=1.2,
-        zorder=1,
-        label=f"training length, {train_length}",
-    )
+    if train_length is not None:
+        panel.axvline(
+            train_length,
+            color="0.5",
+            linestyle=":",
+            linewidth=1.2,
+            zorder=1,
+            label=f"training length, {train_length}",
+        )
     panel.grid(alpha=0.25)
 
 

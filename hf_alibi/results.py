@@ -105,13 +105,13 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_results(results: Results, folder: Path) -> tuple[Path, Path]:
-    """Write `results.json` (everything) and `results.csv` (the rows) into `folder`; returns both paths.
+def write_results(results: Results, folder: Path, name: str = "results") -> tuple[Path, Path]:
+    """Write `<name>.json` (everything) and `<name>.csv` (the rows) into `folder`; returns both paths.
 
     Raises ValueError for NaN and infinities, which are not JSON: a number that does not exist is None.
     """
     text = json.dumps({"schema": SCHEMA_VERSION, **results}, indent=1, allow_nan=False, ensure_ascii=False)
-    json_path, csv_path = folder / "results.json", folder / "results.csv"
+    json_path, csv_path = folder / f"{name}.json", folder / f"{name}.csv"
     with replacing(json_path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     with replacing(csv_path) as temporary:

@@ -14,20 +14,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_alibi.attention import BACKENDS, alibi_name
+from hf_alibi.attention import factored, query_blocks
 from hf_alibi.attention import sdpa as sdpa_backend
 
 # Largest error allowed to outputs in float32, for values of size 1; dropping the bias costs 0.1 and more.
 EXACT = 1e-5
 
-backends = pytest.mark.parametrize("backend", BACKENDS)
+# flash-attn needs a GPU and has tests of its own.
+ANYWHERE = [*(name for name in BACKENDS if name != "flash_attention_2"), "unwindowed"]
+
+backends = pytest.mark.parametrize("backend", ANYWHERE)
 
 
-def layer(heads, slopes=None, scaling=None, train_length=None):
+def layer(heads, slopes=None, scaling=None, train_length=None, tolerance=None):
     """What a backend sees of a self-attention layer."""
     module = nn.Module()
     module.is_causal = True
     module.config = SimpleNamespace(
-        num_attention_heads=heads, alibi_slopes=slopes, alibi_scaling=scaling, alibi_train_length=train_length
+        num_attention_heads=heads,
+        alibi_slopes=slopes,
+        alibi_scaling=scaling,
+        alibi_train_length=train_length,
+        alibi_tolerance=tolerance,
     )
     return module.eval()
 
@@ -46,8 +54,13 @@ def qkv(batch, heads, key_heads, queries, keys, width=16, dtype=torch.float32, s
 
 
 def run(backend, query, key, value, mask=None, module=None, **kwargs):
+    """`unwindowed` is sdpa as it runs where no key can be left out: on accelerators, compiled, with dropout."""
     module = layer(query.shape[1]) if module is None else module
-    return BACKENDS[backend](module, query, key, value, mask, **kwargs)[0].transpose(1, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        if backend == "unwindowed":
+            backend = "sdpa"
+            patch.setattr(sdpa_backend, "_can_skip", lambda *_: False)
+        return BACKENDS[backend](module, query, key, value, mask, **kwargs)[0].transpose(1, 2)
 
 
 def expected(query, key, value, seen=None, position=None, head_slopes=None):
@@ -75,24 +88,26 @@ def test_causal(backend, heads, grouped, length):
 
 
 @pytest.mark.parametrize("length", [1024, 2048, 5000])
-@pytest.mark.parametrize("blocks", [False, True])
-def test_sdpa_keeps_its_precision_at_length(monkeypatch, length, blocks):
-    """In one call and in blocks; slope × position rounded to float32 in one piece fails this by far."""
-    if blocks:
-        monkeypatch.setattr(sdpa_backend, "_SINGLE_CALL", 300)
+@pytest.mark.parametrize("form", ["windowed", "one call", "blocks"])
+def test_sdpa_keeps_its_precision_at_length(monkeypatch, length, form):
+    """Slope × position rounded to float32 in one piece fails this by far."""
+    if form == "blocks":
+        monkeypatch.setattr(factored, "_SINGLE_CALL", 300)
+    backend = "sdpa" if form == "windowed" else "unwindowed"
     query, key, value = qkv(1, 4, 2, length, length, width=8)
     slopes = [0.7, 0.3, 0.05, 0.004]
-    output = run("sdpa", query, key, value, module=layer(4, slopes))
+    output = run(backend, query, key, value, module=layer(4, slopes))
     assert largest(output, expected(query, key, value, head_slopes=torch.tensor(slopes))) < EXACT
 
 
 @pytest.mark.slow
-def test_sdpa_keeps_its_precision_at_131072_tokens():
+@pytest.mark.parametrize("backend", ["sdpa", "unwindowed"])
+def test_sdpa_keeps_its_precision_at_131072_tokens(backend):
     length, rows = 131_072, torch.tensor([0, 1, 255, 256, 4095, 70_000, 131_071])
     query, key, value = qkv(1, 2, 1, length, length, width=8)
     slopes = [0.7, 0.004]
     with torch.inference_mode():
-        output = run("sdpa", query, key, value, module=layer(2, slopes))
+        output = run(backend, query, key, value, module=layer(2, slopes))
     for row in rows.tolist():
         keys = slice(0, row + 1)
         seen = torch.ones(1, 1, row + 1, dtype=torch.bool)
@@ -208,7 +223,7 @@ def test_half_types_beyond_65536_positions(dtype):
     end = 140_000
     positions = torch.arange(end) - end // 2
     slopes = torch.tensor([[0.00390625], [0.3]])
-    left, right = sdpa_backend._bias_factors(slopes, positions, positions, dtype)
+    left, right = factored._bias_factors(slopes, positions, positions, dtype)
     product = left.double() @ right.double().mT
     exact = slopes.double() * positions.double()
     near = positions.abs() < 1000
@@ -217,16 +232,17 @@ def test_half_types_beyond_65536_positions(dtype):
     assert ((product - exact).abs()[:, near] <= 2**-15 * exact.abs()[:, near]).all()
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "unwindowed"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("length", [33, 2100])
-def test_gradients(monkeypatch, masked, length):
+def test_gradients(monkeypatch, masked, length, backend):
     """In one call and in blocks that are recomputed in the backward pass."""
-    monkeypatch.setattr(sdpa_backend, "_SINGLE_CALL", 1000)
+    monkeypatch.setattr(factored, "_SINGLE_CALL", 1000)
     query, key, value = qkv(1, 4, 2, length, length, width=8)
     upstream = torch.randn(query.shape, generator=torch.Generator().manual_seed(5))
     seen = torch.ones(1, length, length, dtype=torch.bool).tril()
     inputs = [x.clone().requires_grad_() for x in (query, key, value)]
-    run("sdpa", *inputs, seen[:, None] if masked else None).backward(upstream)
+    run(backend, *inputs, seen[:, None] if masked else None).backward(upstream)
     truths = [x.double().requires_grad_() for x in (query, key, value)]
     expected(*truths).backward(upstream.double())
     for ours, truth in zip(inputs, truths, strict=True):
@@ -252,7 +268,7 @@ def test_memory_grows_linearly_forward_and_backward(monkeypatch, masked, dropout
     """No operation makes a (heads, length, length) matrix; with a mask or dropout, blocks stay within their budget."""
     length, heads, width = 1024, 4, 16
     budget = heads * length * 32
-    monkeypatch.setattr(sdpa_backend, "_DENSE_ENTRIES", budget)
+    monkeypatch.setattr(query_blocks, "_DENSE_ENTRIES", budget)
     inputs = [x.requires_grad_() for x in qkv(1, heads, heads, length, length, width)]
     mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril() if masked else None
     saved = {}
@@ -263,7 +279,7 @@ def test_memory_grows_linearly_forward_and_backward(monkeypatch, masked, dropout
 
     with LargestTensor() as largest_tensor:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = run("sdpa", *inputs, mask, layer(heads).train(), dropout=dropout)
+            output = run("unwindowed", *inputs, mask, layer(heads).train(), dropout=dropout)
         output.sum().backward()
     assert largest_tensor.entries <= max(budget, heads * length * (width + 4))
     # Kept for the backward pass: queries, keys, values, output, a mask of one byte an entry, and no block's bias.
@@ -274,15 +290,15 @@ def test_masked_blocks_equal_one_block(monkeypatch):
     query, key, value = qkv(2, 4, 2, 50, 50)
     mask = torch.ones(2, 1, 50, 50, dtype=torch.bool).tril()
     mask[1, ..., :9] = False
-    whole = run("sdpa", query, key, value, mask)
-    monkeypatch.setattr(sdpa_backend, "_DENSE_ENTRIES", 2 * 4 * 50 * 7)
-    assert largest(run("sdpa", query, key, value, mask), whole) < EXACT
+    whole = run("unwindowed", query, key, value, mask)
+    monkeypatch.setattr(query_blocks, "_DENSE_ENTRIES", 2 * 4 * 50 * 7)
+    assert largest(run("unwindowed", query, key, value, mask), whole) < EXACT
 
 
 @pytest.mark.parametrize("mask_kind", ["causal", "bool"])
 def test_blocks_with_dropout_have_the_gradient_of_their_forward(monkeypatch, mask_kind):
     """Recomputed blocks must drop the same weights again: finite differences under one seed agree with backward."""
-    monkeypatch.setattr(sdpa_backend, "_DENSE_ENTRIES", 4 * 20 * 6)
+    monkeypatch.setattr(query_blocks, "_DENSE_ENTRIES", 4 * 20 * 6)
     query, key, value = qkv(1, 4, 2, 20, 20, width=4, dtype=torch.float64)
     mask = None if mask_kind == "causal" else torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
     module = layer(4).train()
@@ -322,7 +338,7 @@ def test_the_future_is_not_seen(backend):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    backend=st.sampled_from(sorted(BACKENDS)),
+    backend=st.sampled_from(ANYWHERE),
     batch=st.integers(1, 2),
     groups=st.integers(1, 3),
     key_heads=st.integers(1, 3),
@@ -402,8 +418,8 @@ def test_sdpa_refuses_fewer_keys_than_causal_queries():
 
 
 def test_names_without_alibi_form_raise():
-    with pytest.raises(ValueError, match="'flash_attention_2' has no ALiBi form; supported: eager, sdpa"):
-        alibi_name("flash_attention_2")
+    with pytest.raises(ValueError, match="'flash_attention_3' has no ALiBi form; supported: eager, sdpa"):
+        alibi_name("flash_attention_3")
 
 
 def test_slopes_cached_in_inference_mode_can_train_later():

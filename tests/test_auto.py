@@ -184,7 +184,12 @@ def test_stock_defaults_are_kept():
         ours, theirs = alibi().to_dict(), stock().to_dict()
         changed = {name for name in theirs if ours[name] != theirs[name]}
         assert changed == {"model_type"}
-        assert set(ours) - set(theirs) == {"alibi_slopes", "alibi_train_length", "alibi_scaling"}
+        assert set(ours) - set(theirs) == {
+            "alibi_slopes",
+            "alibi_train_length",
+            "alibi_scaling",
+            "alibi_tolerance",
+        }
 
 
 def test_the_tokenizer_loads_beside_the_checkpoint(family, tmp_path):

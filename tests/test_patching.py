@@ -165,7 +165,7 @@ def test_switching_the_implementation_keeps_alibi(family):
             hf_alibi.verify_alibi(model)
 
 
-@pytest.mark.parametrize("name", ["flex_attention", "flash_attention_2", "nonsense"])
+@pytest.mark.parametrize("name", ["flex_attention", "flash_attention_3", "nonsense"])
 def test_switching_to_an_unsupported_implementation_raises_and_changes_nothing(family, name):
     model = hf_alibi.apply_alibi(stock_model(family))
     with pytest.raises((ValueError, ImportError)):
@@ -176,7 +176,7 @@ def test_switching_to_an_unsupported_implementation_raises_and_changes_nothing(f
 
 def test_an_unsupported_implementation_set_behind_our_back_raises_in_the_forward(family):
     model = hf_alibi.apply_alibi(stock_model(family))
-    model.config._attn_implementation = "flash_attention_2"
+    model.config._attn_implementation = "flash_attention_3"
     with pytest.raises(ValueError, match="no ALiBi form"):
         model(tokens(1, 5))
 

@@ -5,11 +5,18 @@ from __future__ import annotations
 from transformers import AttentionInterface
 
 from .eager import eager_alibi_attention
+from .flash import flash_alibi_attention, load_flash_attn
+from .flex import flex_alibi_attention
 from .sdpa import sdpa_alibi_attention
 
-__all__ = ["BACKENDS", "alibi_name", "register_backends"]
+__all__ = ["BACKENDS", "alibi_name", "check_backend", "register_backends"]
 
-BACKENDS = {"eager": eager_alibi_attention, "sdpa": sdpa_alibi_attention}
+BACKENDS = {
+    "eager": eager_alibi_attention,
+    "sdpa": sdpa_alibi_attention,
+    "flex_attention": flex_alibi_attention,
+    "flash_attention_2": flash_alibi_attention,
+}
 """From the name that users know (`attn_implementation`) to the attention function with ALiBi."""
 
 
@@ -23,6 +30,13 @@ def alibi_name(attn_implementation: str) -> str:
             f"attn_implementation {attn_implementation!r} has no ALiBi form; supported: {', '.join(BACKENDS)}"
         )
     return f"alibi_{attn_implementation}"
+
+
+def check_backend(attn_implementation: str) -> None:
+    """Raise ValueError where `attn_implementation` has no ALiBi form, ImportError where its package is missing."""
+    alibi_name(attn_implementation)
+    if attn_implementation == "flash_attention_2":
+        load_flash_attn()
 
 
 def register_backends() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,12 @@ _UNSUPPORTED = {
     "position_bias": "another position bias",
     "cache": "the paged cache of continuous batching",
 }
+
+
+class HasShape(Protocol):
+    """A tensor, or what stands for one."""
+
+    shape: torch.Size
 
 
 def refuse_unsupported(name: str, module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
@@ -45,7 +51,7 @@ def autocast(device: torch.device, *tensors: Tensor) -> list[Tensor]:
     return [tensor if tensor.dtype == torch.float64 else tensor.to(half) for tensor in tensors]
 
 
-def visible_keys(attention_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor | None]:
+def visible_keys(attention_mask: Tensor | None, query: Tensor, key: HasShape) -> tuple[Tensor, Tensor | None]:
     """What each query may see, and what is added to the logits.
 
     Args:

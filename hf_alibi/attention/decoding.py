@@ -1,0 +1,99 @@
+"""ALiBi attention of a few new tokens over a cache: values that cannot matter are not read.
+
+Logits of all keys are computed, so that what is left out is known, not bounded. Of the values each key head reads only
+a window at the end and what lies outside of it and still counts, such as a first token that heads rest on.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..bias import alibi_bias, causal_rows
+from .head_slopes import HeadSlopes
+
+__all__ = ["decode"]
+
+# Values are read in blocks of so many keys.
+_BLOCK = 64
+
+
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor | None,
+    *,
+    slopes: HeadSlopes,
+    scaling: float,
+    tolerance: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the last tokens over all keys.
+
+    Args:
+        query: (batch, heads, queries, head_dim).
+        key, value: (batch, key-value heads, keys, head_dim); float32 or wider, or short.
+        allowed: bool (batch or 1, heads or 1, queries, keys); None where the queries are the last of the keys.
+        slopes: of `heads` heads.
+        scaling: of the logits.
+        tolerance: share of a row's weights that may be left out.
+
+    Returns the output (batch, heads, queries, head_dim) and the log-sum-exp of the logits (batch, heads, queries), both
+    in float32 or wider.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    key_heads, queries, keys = key.shape[1], query.shape[2], key.shape[2]
+    # The queries of a group become rows of their common key head.
+    rows = query.to(wide).unflatten(1, (key_heads, -1)).flatten(2, 3) * scaling
+    bias = _bias(slopes, allowed, queries, keys, query.device).to(wide).expand(*query.shape[:3], -1)
+    bias = bias.unflatten(1, (key_heads, -1)).flatten(2, 3)
+    logits = torch.baddbmm(bias.flatten(0, 1), rows.flatten(0, 1), key.to(wide).flatten(0, 1).mT).view_as(bias)
+    most = _by_block(logits)
+    # The largest logit is no more than the log-sum-exp, which is not worth another pass; NaN is kept.
+    kept = ~((most - most.amax(dim=-1, keepdim=True)).amax(dim=(0, 2)) <= math.log(tolerance / keys))
+    parts = [_read(logits[:, head], value[:, head], kept[head]) for head in range(key_heads)]
+    output, lse = (torch.stack(tensors, dim=1) for tensors in zip(*parts, strict=True))
+    shape = (query.shape[1] // key_heads, queries)
+    return output.unflatten(2, shape).flatten(1, 2), lse.unflatten(2, shape).flatten(1, 2)
+
+
+def _bias(slopes: HeadSlopes, allowed: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:
+    """The bias, -inf where a query may not see a key; broadcasts to (batch, heads, queries, keys)."""
+    if allowed is not None:
+        return alibi_bias(slopes.for_queries(lambda: allowed.sum(dim=-1)), allowed)
+    if queries > 1:
+        return _bias(slopes, causal_rows(keys - queries, queries, keys, device)[None, None], queries, keys, device)
+    context = torch.tensor(keys, device=device)[None, None, None]
+    return slopes.for_queries(lambda: context) * torch.arange(1 - keys, 1, device=device)
+
+
+def _by_block(values: Tensor) -> Tensor:
+    """Largest of each block of the last dimension; the first block may be shorter."""
+    short = values.shape[-1] % _BLOCK
+    blocks = values[..., short:].unflatten(-1, (-1, _BLOCK)).amax(dim=-1)
+    return torch.cat([values[..., :short].amax(dim=-1, keepdim=True), blocks], dim=-1) if short else blocks
+
+
+def _read(logits: Tensor, value: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax of logits (batch, rows, keys) times values (batch, keys, head_dim) over the kept blocks of keys.
+
+    Returns the output (batch, rows, head_dim) and the log-sum-exp (batch, rows).
+    """
+    keys = value.shape[1]
+    back = torch.arange(len(kept), 0, -1, device=kept.device)
+    # The window may have gaps, but at least half of it is kept.
+    window = int((back * (kept & (2 * kept.flip(0).cumsum(0).flip(0) >= back))).max())
+    start = max(0, keys - window * _BLOCK)
+    remote = (kept & (back > window)).nonzero()[:, 0]
+    columns = (remote[:, None] * _BLOCK + torch.arange(_BLOCK, device=kept.device)).flatten() - (-keys % _BLOCK)
+    columns = columns[columns >= 0]
+    logits = torch.cat([logits[..., columns], logits[..., start:]], dim=-1) if len(columns) else logits[..., start:]
+    lse = logits.logsumexp(dim=-1)
+    # A query that sees nothing (padding) gets zeros.
+    weights = (logits - lse[..., None]).exp().nan_to_num(nan=0.0) if bool(lse.isinf().any()) else logits.softmax(dim=-1)
+    output = weights[..., len(columns) :] @ value[:, start:].to(weights.dtype)
+    if len(columns):
+        output = output + weights[..., : len(columns)] @ value[:, columns].to(weights.dtype)
+    return output, lse

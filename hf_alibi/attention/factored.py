@@ -1,0 +1,113 @@
+"""Causal ALiBi attention by the plain kernel of any device: the bias as a few more dimensions of queries and keys.
+
+The product of what is appended is slope × key position. Softmax ignores a constant per row, so that equals
+-slope × distance.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from ..bias import causal_rows
+from .head_slopes import HeadSlopes
+from .query_blocks import dense_rows, in_blocks
+
+__all__ = ["factored_attention"]
+
+# Up to this many queries the plain causal kernel takes all of them at once. Beyond, queries are taken in blocks whose
+# positions count from their own centre: near keys, the ones whose logits matter, then have small positions, and
+# slope × position keeps its precision at any length.
+_SINGLE_CALL = 2**14
+_CAUSAL_ROWS = 256
+
+
+def factored_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, slopes: HeadSlopes, scaling: float, dropout: float
+) -> Tensor:
+    """Causal attention of queries (batch, heads, queries, head_dim) with as many keys; returns the same shape."""
+    attend = partial(_block, key=key, value=value, slopes=slopes, scaling=scaling, dropout=dropout)
+    rows = _CAUSAL_ROWS if query.shape[2] > _SINGLE_CALL else query.shape[2]
+    if dropout and query.device.type != "cuda":
+        # Only CUDA has fused kernels with dropout; elsewhere the matrix of weights is built, and must fit.
+        rows = min(rows, dense_rows(query, key))
+    return in_blocks(attend, query, rows, keep_rng=dropout > 0)
+
+
+def _block(
+    query: Tensor,
+    first: int,
+    *,
+    key: Tensor,
+    value: Tensor,
+    slopes: HeadSlopes,
+    scaling: float,
+    dropout: float,
+) -> Tensor:
+    """Queries `first`, `first` + 1, … over the keys up to the last of them, by the plain kernel."""
+    rows = query.shape[2]
+    end = first + rows
+    key, value = key[:, :, :end], value[:, :, :end]
+    device = query.device
+    positions = torch.arange(end, device=device) - (first + end) // 2
+    wide = torch.promote_types(query.dtype, torch.float32)
+    weights = slopes.for_queries(lambda: torch.arange(first + 1, end + 1, device=device)[None, None]).to(wide) / scaling
+    left, right = _bias_factors(weights, positions[first:], positions, query.dtype)
+    extra = left.shape[-1]
+    # Kernels on accelerators want widths that are multiples of 8.
+    spare = 0 if device.type == "cpu" else -(query.shape[-1] + extra) % 8
+    left = left.expand(*query.shape[:3], -1)
+    right = right.expand(*key.shape[:3], -1)
+    output = scaled_dot_product_attention(
+        # The factors stand first: where a kernel sums in order, slope × distance is complete, and small for near
+        # keys, before anything is added that large partial sums would round away.
+        torch.cat([left, pad(query, (0, spare))], dim=-1),
+        torch.cat([right, pad(key, (0, spare))], dim=-1),
+        # The fused kernel on CPU needs values as wide as the keys.
+        pad(value, (0, extra + spare)),
+        attn_mask=causal_rows(first, rows, end, device) if first else None,
+        is_causal=first == 0,
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output[..., : value.shape[-1]]
+
+
+def _bias_factors(slopes: Tensor, queries: Tensor, keys: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Factors (…, queries or 1, n) and (keys, n) in `dtype`; their product is the bias up to a constant per row.
+
+    Args:
+        slopes: float32 or wider (…, queries or 1, 1), already divided by the scaling of the logits.
+        queries: integer positions of the queries.
+        keys: integer positions of the keys; those of half types are written in digits to base 256.
+        dtype: of queries and keys.
+
+    Every product is exact. A slope is split into the 8 bits that a bfloat16 holds and the rest, so that in float32
+    the product with a position has no more than 24 bits, and slope × query position can be taken off again in the
+    same sum. Half types hold integers up to 256, so that there each digit of the position has its own factor.
+    """
+    if torch.finfo(dtype).bits >= 32:
+        high = slopes.bfloat16().to(dtype)
+        low = slopes.to(dtype) - high
+        back = -queries[:, None].to(dtype)
+        left = torch.cat(torch.broadcast_tensors(high, high * back, low, low * back), dim=-1)
+        position = keys.to(dtype)
+        one = torch.ones_like(position)
+        return left, torch.stack([position, one, position, one], dim=-1)
+    factors, digits, unit, rest = [], [], 1, keys
+    while True:
+        last = unit * 256 >= keys.shape[0]
+        digit = rest if last else (rest + 128) % 256 - 128
+        # float16 overflows only where the bias is far beyond what softmax can tell from minus infinity.
+        weight = (slopes * unit).clamp(max=torch.finfo(dtype).max)
+        high = weight.to(dtype)
+        factors += [high, (weight - high.float()).to(dtype)]
+        digits += [digit.to(dtype)] * 2
+        if last:
+            return torch.cat(factors, dim=-1), torch.stack(digits, dim=-1)
+        rest = (rest - digit) // 256
+        unit *= 256

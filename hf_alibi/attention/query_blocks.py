@@ -1,0 +1,33 @@
+"""Attention in blocks of queries, so that memory grows linearly with length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["dense_rows", "in_blocks"]
+
+# Entries of a dense (batch, heads, rows, keys) matrix that may stand in memory at a time: 64 MiB in float32.
+_DENSE_ENTRIES = 2**24
+
+
+def dense_rows(query: Tensor, key: Tensor) -> int:
+    """How many queries may stand against all keys in one matrix."""
+    return max(1, _DENSE_ENTRIES // (query.shape[0] * query.shape[1] * key.shape[2]))
+
+
+def in_blocks(attend: Callable[[Tensor, int], Tensor], query: Tensor, rows: int, keep_rng: bool) -> Tensor:
+    """`attend(query block, index of its first query)` for blocks of `rows` queries, joined.
+
+    Blocks are computed again in the backward pass, so that none of them is kept; `keep_rng`: with the same dropout.
+    """
+    if rows >= query.shape[2]:
+        return attend(query, 0)
+    if torch.is_grad_enabled():
+        attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=keep_rng)
+    firsts = range(0, query.shape[2], rows)
+    return torch.cat([attend(query[:, :, first : first + rows], first) for first in firsts], dim=2)

@@ -1,0 +1,101 @@
+"""Which runs of queries see a plain causal triangle: what a mask of padding or packed sequences comes down to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+__all__ = ["Rest", "Segment", "segments_of"]
+
+# Entries of the mask that are looked at together.
+_ENTRIES = 2**24
+# Shorter segments are left to the dense path: a call for each would cost more.
+_SHORT = 128
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Queries that each see all keys from the segment's first up to their own, which for the last query is its last."""
+
+    batch: slice
+    queries: slice
+    keys: slice
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Queries of one sequence that see something else, such as right padding."""
+
+    batch: int
+    queries: slice
+
+
+# All layers of a model get the same mask.
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def segments_of(allowed: Tensor) -> tuple[list[Segment], list[Rest]] | None:
+    """Segments of a mask, and the queries that are in none but see something; None where segments would not pay.
+
+    Args:
+        allowed: bool (batch, heads or 1, queries, keys), True where a query may see a key.
+
+    Queries that see nothing are in neither list. Every entry of the mask is checked.
+    """
+    if allowed.shape[1] > 1 and allowed.stride(1):
+        return None
+    if allowed.is_inference():  # has no version to tell whether it was changed since
+        return _find(allowed[:, 0])
+    if allowed not in _known or _known[allowed][0] != allowed._version:
+        _known[allowed] = allowed._version, _find(allowed[:, 0])
+    found: tuple[list[Segment], list[Rest]] | None = _known[allowed][1]
+    return found
+
+
+def _find(allowed: Tensor) -> tuple[list[Segment], list[Rest]] | None:
+    segments: list[Segment] = []
+    rests: list[Rest] = []
+    queries = allowed.shape[1]
+    for index, rows in enumerate(allowed):
+        first, last, whole = _ranges(rows)
+        nothing = last < first
+        # A new segment starts where the first key changes, or the last is not the next one.
+        row = torch.arange(queries)
+        lag = last - row
+        kind = torch.where(nothing, 0, torch.where(whole, 1, 2))
+        state = torch.stack([kind, torch.where(kind == 1, first, 0), torch.where(kind == 1, lag, 0)])
+        _, counts = torch.unique_consecutive(state, dim=1, return_counts=True)
+        begin = 0
+        for count in counts.tolist():
+            run = slice(begin, begin + count)
+            if kind[begin] == 1 and count >= _SHORT:
+                keys = slice(int(first[begin]), int(last[begin + count - 1]) + 1)
+                segments.append(Segment(slice(index, index + 1), run, keys))
+            elif kind[begin]:
+                if rests and rests[-1].batch == index and rests[-1].queries.stop == begin:
+                    rests[-1] = Rest(index, slice(rests[-1].queries.start, begin + count))
+                else:
+                    rests.append(Rest(index, run))
+            begin += count
+    return (segments, rests) if segments else None
+
+
+def _ranges(allowed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """First and last key that each query sees, and whether it sees all between; each (queries,).
+
+    Args:
+        allowed: bool (queries, keys).
+    """
+    keys = allowed.shape[1]
+    parts = []
+    for rows in allowed.split(max(1, _ENTRIES // keys)):
+        seen = rows.sum(dim=-1)
+        first = rows.int().argmax(dim=-1)
+        last = keys - 1 - rows.flip(-1).int().argmax(dim=-1)
+        last = torch.where(seen > 0, last, -1)
+        parts.append(torch.stack([torch.where(seen > 0, first, 0), last, last - first + 1 == seen]))
+    first, last, whole = torch.cat(parts, dim=1)
+    return first, last, whole.bool()
