@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from .errors import InputError
-from .model_workloads import ALL_LAYERS, activation_cases, decode_cases, model_cases
+from .model_workloads import ALL_LAYERS, activation_cases, decode_cases, model_cases, sequence_cases
 from .plots import cost_by_length, require_matplotlib
 from .results import Results, check_output_dir, environment, write_results
 from .settings import load_settings, resolve_settings
@@ -27,7 +27,11 @@ from .workloads import FORWARD_BACKWARD, PARTS, BenchmarkArguments, Case, attent
 __all__ = ["benchmark", "growth_rows", "measure"]
 
 _CASES: dict[str, Callable[[BenchmarkArguments, torch.device], Iterator[Case]]] = dict(
-    zip(PARTS, (attention_cases, memory_cases, model_cases, decode_cases, activation_cases), strict=True)
+    zip(
+        PARTS,
+        (attention_cases, memory_cases, model_cases, decode_cases, sequence_cases, activation_cases),
+        strict=True,
+    )
 )
 _TITLES = {
     "attention": "Attention: time; ratio to causal SDPA without bias, its quartiles",
@@ -35,6 +39,7 @@ _TITLES = {
     "memory": "Attention: peak memory over that of inputs and output; ratio to causal SDPA without bias",
     "model": "Models with random weights: time; ratio to the unconverted model, its quartiles",
     "decode": "One token after a cache of so many: time; ratio to the unconverted model, its quartiles",
+    "sequence": "One sequence: time; ratio of the cost per token to the shortest, its quartiles",
     "activations": "Attention of a real model on text, all layers: time; ratio, those of the best and worst layer",
 }
 # Growth is from the longest length over this to the longest.

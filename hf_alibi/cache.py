@@ -125,7 +125,7 @@ class AlibiLayer(CacheLayerMixin):
         """
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise RuntimeError("AlibiCache is for inference; use torch.no_grad(), or transformers' DynamicCache")
-        if not self.seen:
+        if not self.seen and any(store.dropped for store in self.stores):
             raise RuntimeError(
                 "the attention of this model did not look at its AlibiCache; it needs a model converted by hf_alibi"
             )

@@ -24,18 +24,23 @@ from transformers import (
 
 from .attention import BACKENDS, alibi_name, register_backends
 from .attention.reading import record_reads
+from .cache import AlibiCache
 from .data import PYTHON_DOCS, DataArguments, load_tokenizer, load_tokens
 from .errors import InputError
+from .evaluation import window_losses
 from .families import is_alibi, self_attentions
 from .memory import peak_bytes
 from .patching import apply_alibi
 from .settings import one_line
 from .timing import OK, Row, Stopwatch
+from .windows import Window
 from .workloads import CAUSAL, FORWARD, SDPA, BenchmarkArguments, Case, causal_attention
 
-__all__ = ["ALL_LAYERS", "activation_cases", "decode_cases", "model_cases"]
+__all__ = ["ALL_LAYERS", "activation_cases", "decode_cases", "model_cases", "sequence_cases"]
 
-UNCONVERTED, CONVERTED = "unconverted", "converted"
+UNCONVERTED, CONVERTED, DROPPING = "unconverted", "converted", "converted, AlibiCache"
+# Steps after which an AlibiCache has dropped what it can.
+_SETTLE = 40
 TRAINING_STEP = "training_step"
 ALL_LAYERS = "all layers"
 
@@ -146,7 +151,10 @@ def _training_step(model: PreTrainedModel, ids: Tensor) -> Callable[[], object]:
 
 
 def decode_cases(args: BenchmarkArguments, device: torch.device) -> Iterator[Case]:
-    """One new token after a cache of random keys and values, the same cache for both models."""
+    """One new token after a cache of random keys and values, the same cache for both models.
+
+    A third side is the converted model with an `AlibiCache` that has dropped what it can.
+    """
 
     def measure(shape: str, kind: str, context: int, stopwatch: Stopwatch) -> list[Row]:
         config = _SHAPES[shape](args, context + 1)
@@ -155,25 +163,33 @@ def decode_cases(args: BenchmarkArguments, device: torch.device) -> Iterator[Cas
         size = (args.batch_size, key_heads, context, args.head_dim)
         dtype: torch.dtype = getattr(torch, args.dtype)
         cached = 2 * args.batch_size * key_heads * context * args.head_dim * dtype.itemsize
-        # A layer's keys and values are copied when a token is appended, and once more where heads are repeated.
-        needed = 2 * weights + cached * (args.model_layers + 2 * args.heads // key_heads)
+        # Two caches; a layer's keys and values are copied when a token is appended, and again where heads are repeated.
+        needed = 2 * weights + cached * (2 * args.model_layers + 2 * args.heads // key_heads)
         if reason := args.why_not(needed):
-            return stopwatch.compare(dict.fromkeys((UNCONVERTED, CONVERTED), reason), baseline=UNCONVERTED)
+            return stopwatch.compare(dict.fromkeys((UNCONVERTED, CONVERTED, DROPPING), reason), baseline=UNCONVERTED)
         models = _build(config, args, device)
         cache = _CACHES[kind](config, context + 1)
+        dropping = AlibiCache()
         for layer in range(args.model_layers):
             keys, values = (torch.randn(size, dtype=dtype, device=device) for _ in range(2))
             cache.update(keys, values, layer)
+            dropping.update(keys, values, layer)
         ids = torch.randint(args.vocab_size, (args.batch_size, 1), device=device)
 
-        def step(model: PreTrainedModel) -> object:
+        def step(model: PreTrainedModel, cache: Cache) -> object:
             with torch.no_grad():
-                return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+                logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+            _forget_last(cache)
+            return logits
 
+        for _ in range(_SETTLE):
+            step(models[CONVERTED], dropping)
         return stopwatch.compare(
-            {name: partial(step, model) for name, model in models.items()},
+            {
+                **{name: partial(step, model, cache) for name, model in models.items()},
+                DROPPING: partial(step, models[CONVERTED], dropping),
+            },
             baseline=UNCONVERTED,
-            after=partial(_forget_last, cache),
         )
 
     for shape in _SHAPES:
@@ -190,6 +206,34 @@ def _forget_last(cache: Cache) -> None:
             layer.cumulative_length.sub_(1)
     else:
         cache.crop(-1)
+
+
+def sequence_cases(args: BenchmarkArguments, device: torch.device) -> Iterator[Case]:
+    """Perplexity of a small converted model on one sequence, short and long; ratios are those of the cost per token."""
+    config = GPT2Config(n_embd=128, n_head=4, n_layer=2, n_positions=1, vocab_size=256, bos_token_id=0, eos_token_id=0)
+    shortest, longest = args.sequence_lengths[0], args.sequence_lengths[-1]
+
+    def evaluate(model: PreTrainedModel, tokens: Tensor, length: int) -> object:
+        with torch.inference_mode():
+            return window_losses(model, tokens, [Window(0, length, 1)], sliced_logits=True).mean().exp()
+
+    def measure(stopwatch: Stopwatch) -> list[Row]:
+        torch.manual_seed(args.seed)
+        model = apply_alibi(AutoModelForCausalLM.from_config(config)).to(device).eval()
+        tokens = torch.randint(config.vocab_size, (longest + 1,))
+        sides: dict[str, Callable[[], object] | str] = {}
+        for length in args.sequence_lengths:
+            reason = args.why_not(peak_bytes(config, length=length, batch=1, dtype=torch.float32))
+            sides[f"{length} tokens"] = reason or partial(evaluate, model, tokens, length)
+        rows = stopwatch.compare(sides, baseline=f"{shortest} tokens")
+        for length, row in zip(args.sequence_lengths, rows, strict=True):
+            ratios = ("ratio", "ratio_low", "ratio_high")
+            row |= {name: row[name] * shortest / length for name in ratios if row[name] is not None}
+            if row["seconds"] is not None:
+                row["microseconds_per_token"] = row["seconds"] / length * 1e6
+        return rows
+
+    yield Case("sequence", "small model", "perplexity", longest, longest, measure)
 
 
 def activation_cases(args: BenchmarkArguments, device: torch.device) -> Iterator[Case]:

@@ -32,7 +32,7 @@ class Stopwatch:
     clock: Callable[[], float] = time.perf_counter
     """Seconds, after everything that was started has ended."""
 
-    def compare(self, sides: Sides, *, baseline: str, after: Callable[[], object] = lambda: None) -> list[Row]:
+    def compare(self, sides: Sides, *, baseline: str) -> list[Row]:
         """Time all sides in rounds, A B C A B C …, after a first round that does not count.
 
         Neighbours in a round share what else the machine does, so a ratio is taken within each round, and its median
@@ -41,17 +41,16 @@ class Stopwatch:
         Args:
             sides: in the order of a round.
             baseline: the side that ratios are to.
-            after: called after each call, outside its time, such as to undo what it did.
 
         Returns a row a side with `status` (OK, or why it did not run), `seconds` (median), `ratio` (median) with
         `ratio_low` and `ratio_high` (quartiles), `repeats` and `times` (seconds of each round). Numbers that do not
         exist are None.
         """
-        times = self._rounds({name: run for name, run in sides.items() if not isinstance(run, str)}, after)
+        times = self._rounds({name: run for name, run in sides.items() if not isinstance(run, str)})
         base = times.get(baseline)
         return [{"side": name, **_summary(run, times.get(name), base)} for name, run in sides.items()]
 
-    def _rounds(self, runs: Mapping[str, Callable[[], object]], after: Callable[[], object]) -> dict[str, list[float]]:
+    def _rounds(self, runs: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
         times: dict[str, list[float]] = {name: [] for name in runs}
         total, rounds = 0.0, 0
         while runs and (rounds <= self.repeats or total < self.seconds):
@@ -61,7 +60,6 @@ class Stopwatch:
                 elapsed = self.clock() - started
                 # The next side must find the memory of this one free.
                 del result
-                after()
                 if rounds:
                     times[name].append(elapsed)
                     total += elapsed

@@ -32,7 +32,7 @@ __all__ = [
     "memory_cases",
 ]
 
-PARTS = ("attention", "memory", "model", "decode", "activations")
+PARTS = ("attention", "memory", "model", "decode", "sequence", "activations")
 CAUSAL, SDPA, DENSE, EAGER, FLEX = "causal", "sdpa", "dense_bias", "eager", "flex_attention"
 FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
 
@@ -49,7 +49,7 @@ class BenchmarkArguments:
     output_dir: str = field(metadata={"help": "New or empty folder for results and picture."})
     parts: list[str] | None = field(
         default=None,
-        metadata={"help": "Of attention memory model decode activations. Default: all that the settings allow."},
+        metadata={"help": f"Of {' '.join(PARTS)}. Default: all that the settings allow."},
     )
     lengths: list[int] = field(
         default_factory=lambda: [2**power for power in range(9, 17)],
@@ -78,6 +78,10 @@ class BenchmarkArguments:
     contexts: list[int] = field(
         default_factory=lambda: [2048, 32768], metadata={"help": "Tokens in the cache, for decode."}
     )
+    sequence_lengths: list[int] = field(
+        default_factory=lambda: [10_000, 1_000_000],
+        metadata={"help": "Tokens of one sequence, for sequence: the perplexity of a small model."},
+    )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint for activations; converted here if it has no ALiBi yet."}
     )
@@ -94,7 +98,7 @@ class BenchmarkArguments:
             raise InputError(f"parts names {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
         if "activations" in self.parts and self.model_name_or_path is None:
             raise InputError("activations are those of a model; set model_name_or_path, or leave that part out")
-        for name in ("lengths", "model_lengths", "contexts", "activation_lengths"):
+        for name in ("lengths", "model_lengths", "contexts", "sequence_lengths", "activation_lengths"):
             values = sorted(set(getattr(self, name)))
             setattr(self, name, values)
             if values[0] < 2:
@@ -132,7 +136,7 @@ class Case:
         labels = {"part": self.part, "subject": self.subject, "what": self.what, "length": self.length}
         rows = [{**labels, **row} for row in self.measure(stopwatch)]
         for row in rows:
-            if row.get("seconds") is not None:
+            if row.get("seconds") is not None and "microseconds_per_token" not in row:
                 row["microseconds_per_token"] = row["seconds"] / self.tokens * 1e6
         return rows
 

@@ -88,14 +88,6 @@ def test_short_calls_are_repeated_until_the_time_is_up():
     assert {row["repeats"] for row in machine.watch(2, seconds=2.0).compare(sides, baseline="a")} == {4}
 
 
-def test_what_comes_after_a_call_takes_no_time():
-    machine = Machine()
-    after = machine.side("after", 100.0)
-    a = machine.watch(2).compare({"a": machine.side("a", 1.0)}, baseline="a", after=after)[0]
-    assert machine.calls == ["a", "after"] * 3
-    assert a["times"] == [1.0, 1.0]
-
-
 def test_a_side_that_cannot_run_says_why():
     machine = Machine()
     rows = machine.watch(1).compare({"a": "too big", "b": machine.side("b", 1.0)}, baseline="a")
@@ -217,22 +209,23 @@ def test_every_decode_step_has_the_same_context(monkeypatch, shape, kind):
         caches.append((isinstance(cache, StaticCache), [int(layer.get_seq_length()) for layer in cache.layers]))
 
     def compare(self, sides, **kwargs):
+        caches.clear()
         for name, step in sides.items():
             logits[name] = []
             for _ in range(3):
                 logits[name].append(step())
-                kwargs["after"]()
         return []
 
     monkeypatch.setattr(model_workloads, "_forget_last", looked_at)
     monkeypatch.setattr(Stopwatch, "compare", compare)
     case.measure(Stopwatch(1))
-    assert caches == [(kind == "static", [16, 16])] * 6
+    assert caches == [(kind == "static", [16, 16])] * 6 + [(False, [16, 16])] * 3
     for steps in logits.values():
         assert torch.equal(steps[0], steps[1])
         assert torch.equal(steps[0], steps[2])
     # The same weights, cache and token: only the bias is new.
     assert not torch.equal(logits["unconverted"][0], logits["converted"][0])
+    assert torch.allclose(logits["converted, AlibiCache"][0], logits["converted"][0], atol=1e-5)
 
 
 def test_growth_is_that_of_the_cost_per_token():
@@ -267,6 +260,7 @@ def command(tmp_path):
             "model_key_value_heads": 2,
             "vocab_size": 50,
             "contexts": [16],
+            "sequence_lengths": [16, 64],
             "repeats": 2,
             "seconds": 0.0,
             "memory_limit": 0.25,
@@ -298,11 +292,20 @@ def test_a_run_leaves_a_row_for_every_side(command, tmp_path, capsys):
         *(("growth", "attention", w, 64, s) for w in ("forward", "forward_backward") for s in SIDES),
         *(("memory", "attention", "forward", n, s) for n in (16, 64) for s in SIDES),
         *(("model", f, w, 16, s) for f in ("gpt2", "llama") for w in ("forward", "training_step") for s in both),
-        *(("decode", f, w, 16, s) for f in ("gpt2", "llama") for w in ("dynamic cache", "static cache") for s in both),
+        *(
+            ("decode", f, w, 16, s)
+            for f in ("gpt2", "llama")
+            for w in ("dynamic cache", "static cache")
+            for s in (*both, "converted, AlibiCache")
+        ),
+        *(("sequence", "small model", "perplexity", 64, f"{n} tokens") for n in (16, 64)),
     }
     assert {key[-1] for key, row in rows.items() if row["status"] != OK} == {FLEX}
     timed = [r for r in rows.values() if r["status"] == OK and r["part"] not in ("growth", "memory")]
     assert all(len(r["times"]) == r["repeats"] == 2 and r["seconds"] > 0 and r["ratio"] > 0 for r in timed)
+    short, long = (rows["sequence", "small model", "perplexity", 64, f"{n} tokens"] for n in (16, 64))
+    assert short["ratio"] == 1
+    assert long["microseconds_per_token"] == pytest.approx(long["seconds"] / 64 * 1e6)
     step = rows["decode", "llama", "static cache", 16, "converted"]
     assert step["microseconds_per_token"] == pytest.approx(step["seconds"] * 1e6)
     forward = rows["attention", "attention", "forward", 64, "sdpa"]

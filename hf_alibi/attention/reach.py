@@ -95,21 +95,23 @@ def kept_blocks(
     count = -(-queries // block)
     # Key blocks end where near keys start, so the first may be short; this many lie before the near keys of each block.
     offset = keys - queries
-    short = offset % block
-    far = torch.arange(count) - 1 + offset // block + (short > 0)
-    if far[-1] <= 0:
+    last_far = offset + (count - 2) * block
+    if last_far <= 0:
         return
-    # A query that is not the first of its block is that much further from every far key.
-    rest = lse.float() + slope * (torch.arange(queries) % block)
     # Of keys that are far to some query: what is read must not depend on the last tokens, which no other may see.
-    query_norm, key_norm = norms[0] * abs(scaling), float(norms[1][: offset + (count - 2) * block].max())
-    peak = query_norm * key_norm - rest
-    slack = 1e-3 + 1e-5 * key_norm * float(query_norm.max())
+    query_norm, key_norm = norms[0] * abs(scaling), float(norms[1][:last_far].max())
+    largest = key_norm * float(query_norm.max())
+    slack = 1e-3 + 1e-5 * largest
     # Logarithm of the sum of geometric weights, over the weight of the nearest.
     series = -math.log(-math.expm1(-slope))
     beyond = slack + min(series, math.log(keys)) - math.log(_TAIL_SHARE * tolerance)
-    if (float(peak.max()) + beyond) / slope <= block:
+    if (largest - float(lse.min()) + beyond) / slope <= block:
         return
+    short = offset % block
+    far = torch.arange(count) - 1 + offset // block + (short > 0)
+    # A query that is not the first of its block is that much further from every far key.
+    rest = lse.float() + slope * (torch.arange(queries) % block)
+    peak = query_norm * key_norm - rest
     reach = ((_by_block(peak, block).amax(dim=(0, 2)) + beyond) / slope / block).nan_to_num(nan=math.inf)
     ruled_out = (far - (reach - 1).ceil().clamp(min=0, max=count + keys).long()).clamp(min=0)
     ends = [*range(0, queries // block, max(1, _GROUP // block)), queries // block]
@@ -117,7 +119,7 @@ def kept_blocks(
     groups = [(first, end) for first, end in groups if bool((ruled_out[first:end] < far[first:end]).any())]
     if not groups:
         return
-    key = key[:, : offset + (count - 2) * block]
+    key = key[:, :last_far]
     centroid, radius, last = _summaries(key.float(), short, block)
     left = torch.cat([query.float() * scaling, query_norm[..., None], -rest[..., None]], dim=-1)
     right = torch.cat([centroid, radius[..., None], torch.ones_like(radius)[..., None]], dim=-1)

@@ -52,7 +52,8 @@ def record_reads() -> Iterator[list[Reads]]:
     try:
         yield reads
     finally:
-        _open.remove(reads)
+        # By identity: records that are equal so far are others all the same.
+        _open[:] = [other for other in _open if other is not reads]
 
 
 def report_reads(*, batch: int, heads: int, queries: int, keys: int, spans: Mapping[int, Sequence[Span]]) -> None:

@@ -131,7 +131,7 @@ def _windowed(
 ) -> Tensor | None:
     """Segments of the mask by `windowed_attention` and the rest by `dense_attention`; None where there are none."""
     rests: list[Rest] = []
-    segments = [Segment(slice(None), slice(0, query.shape[2]), slice(0, key.shape[2]))]
+    segments = [Segment.causal(query.shape[2], key.shape[2])]
     if mask is not None:
         allowed, added = visible_keys(mask, query, key)
         found = segments_of(allowed) if added is None else None

@@ -24,6 +24,11 @@ class Segment:
     queries: slice
     keys: slice
 
+    @classmethod
+    def causal(cls, queries: int, keys: int) -> Segment:
+        """All sequences whole: the queries are the last tokens of the keys."""
+        return cls(slice(None), slice(0, queries), slice(0, keys))
+
 
 @dataclass(frozen=True)
 class Rest:

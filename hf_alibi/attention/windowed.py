@@ -33,7 +33,7 @@ _BLOCK_NATS = 32.0
 _BLOCK_MIN, _BLOCK_MAX = 64, 512
 # Where the bias differs by less over the whole sequence, no key can be left out, and slope × position is small enough
 # not to cost precision: one plain causal call serves the head.
-_FLAT_NATS = 32.0
+_FLAT_NATS = 64.0
 
 
 def exact_tolerance(dtype: torch.dtype) -> float:
@@ -84,9 +84,11 @@ class _Windowed(torch.autograd.Function):
         query, key, value = (_with_rows(x) for x in (query, key, value))
         batch, heads, queries, width = query.shape
         # The layout that models ask for next: (batch, queries, heads, head_dim).
-        output = query.new_zeros(batch, queries, heads, width).transpose(1, 2)
+        everything = segments == [Segment.causal(queries, key.shape[2])]
+        make = query.new_empty if everything else query.new_zeros
+        output = make(batch, queries, heads, width).transpose(1, 2)
         # Half types are summed in float32.
-        lse = query.new_zeros(batch, heads, queries, dtype=torch.promote_types(query.dtype, torch.float32))
+        lse = make(batch, heads, queries, dtype=torch.promote_types(query.dtype, torch.float32))
         far = [
             _forward(
                 *(_of_queries(x, segment) for x in (query, output, lse)),
@@ -165,8 +167,8 @@ def _forward(
         lse[:, run] = part_lse - bias[:, :, 0]
     far: dict[int, list[Span]] = {}
     if others:
-        query_norms = torch.linalg.vector_norm(query, dim=-1, dtype=torch.float32)
-        key_norms = torch.linalg.vector_norm(key, dim=-1, dtype=torch.float32).amax(dim=0)
+        query_norms = torch.linalg.vector_norm(query, dim=-1, dtype=lse.dtype).float()
+        key_norms = torch.linalg.vector_norm(key, dim=-1, dtype=lse.dtype).float().amax(dim=0)
     for head in others:
         slope, block = slopes[head], _block_size(slopes[head])
         q, k, v, row_lse = query[:, head], key[:, head // groups], value[:, head // groups], lse[:, head]
@@ -230,9 +232,7 @@ def _backward(
     for head, spans in far.items():
         slope, own = slopes[head], head // groups
         near = _near_parts(slope, _block_size(slope), queries, keys, lse.dtype)
-        # The backward kernel has a thread for each block of queries.
-        split = (_split_rows(span) for span in spans)
-        for part in (*near, *_far_parts(split, slope, queries, keys, lse.dtype)):
+        for part in map(_split_rows, (*near, *_far_parts(spans, slope, queries, keys, lse.dtype))):
             blocks = [_blocks(x[:, head], part.span) for x in (grad, query, output, lse)]
             k, v = _keys(key[:, own], part.span), _keys(value[:, own], part.span)
             dq, dk, dv = _attend_backward(
@@ -280,7 +280,7 @@ def _flat_runs(slopes: list[float], queries: int, keys: int, groups: int) -> tup
     runs: list[slice] = []
     others = []
     for head, slope in enumerate(slopes):
-        if queries != keys or slope * queries >= _FLAT_NATS:
+        if queries != keys or slope * queries > _FLAT_NATS:
             others.append(head)
         elif runs and runs[-1].stop == head and (groups == 1 or head % groups):
             runs[-1] = slice(runs[-1].start, head + 1)
@@ -333,13 +333,13 @@ def _near_distances(block: int, dtype: torch.dtype) -> Tensor:
 
 
 def _near_parts(slope: float, block: int, queries: int, keys: int, dtype: torch.dtype) -> Iterator[_Part]:
-    bias = _near_distances(block, dtype) * slope
+    bias = slope * _near_distances(block, dtype)[: min(block, queries), max(0, block - keys) :]
     if slope < torch.finfo(dtype).tiny:  # minus infinity times what rounds to zero
         bias = bias.nan_to_num(nan=-math.inf, neginf=-math.inf)
     for span in _near_spans(block, queries, keys):
-        before = span.keys - span.rows
-        own = bias[None, None, : span.rows, block - before : block + span.rows]
-        yield _Part(span, own, 0.0, causal=before == 0)
+        # The last key of a span is the own key of its last query.
+        end = bias.shape[1] - block + span.rows
+        yield _Part(span, bias[None, None, : span.rows, end - span.keys : end], 0.0, causal=span.keys == span.rows)
 
 
 # Far keys
@@ -354,12 +354,15 @@ def _far_parts(spans: Iterable[Span], slope: float, queries: int, keys: int, dty
         yield _Part(span, (slope * (position - nearest).to(dtype))[None, None, None], slope * distance.to(dtype))
 
 
-def _split_rows(span: Span) -> Span:
-    """A single block of queries as one for each thread."""
-    threads = torch.get_num_threads()
-    if span.blocks > 1 or span.rows % threads:
-        return span
-    return Span(span.query, threads, span.rows // threads, span.key, span.keys, columns=span.columns)
+def _split_rows(part: _Part) -> _Part:
+    """A single block of queries as one for each thread, since the backward kernel gives a block to one thread."""
+    span, threads = part.span, torch.get_num_threads()
+    if span.blocks > 1 or part.causal or span.rows % threads:
+        return part
+    shape = (threads, span.rows // threads)
+    split = Span(span.query, *shape, span.key, span.keys, columns=span.columns)
+    bias = part.bias[0].unflatten(1, shape) if part.bias.shape[2] > 1 else part.bias
+    return _Part(split, bias, part.shift.reshape(shape) if isinstance(part.shift, Tensor) else part.shift)
 
 
 def _blocks(x: Tensor, span: Span) -> Tensor:

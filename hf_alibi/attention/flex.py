@@ -1,0 +1,215 @@
+"""ALiBi attention on PyTorch's flex_attention (Dong et al. 2024, arXiv 2412.05496): the bias is part of the kernel.
+
+The kernel gets slopes, and what each query sees, as tensors, so that one serves all masks and lengths. Each head leaves
+out blocks of far keys that provably do not matter, by the bound of `reach`. Here it is taken for all heads at once, and
+nothing of it has to come back from the GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import pad
+
+from .head_slopes import head_slopes
+from .inputs import autocast, refuse_unsupported
+from .runs import BLOCK, Runs, by_block, runs_of, visible_blocks
+
+__all__ = ["flex_alibi_attention"]
+
+_OTHERWISE = "or use attn_implementation='sdpa'"
+# Heads narrower than this have no kernel on GPUs.
+_NARROWEST = 16
+# Graphs that may be compiled; each number of heads, head_dim and type that a process uses takes a few.
+_GRAPHS = 64
+# Entries of a matrix of some queries and their keys: what fits the cache of a CPU, and what fills a GPU.
+_CPU_ENTRIES, _GPU_ENTRIES = 2**21, 2**25
+# Error of a dot product as a share of |q| |k|: with factors rounded to bfloat16, the least that PyTorch's settings make
+# of float32.
+_ROUNDING = 2**-8
+
+
+def flex_alibi_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: BlockMask | Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention with the ALiBi bias, which is added in float32 whatever the type of the inputs.
+
+    Args:
+        module: the self-attention layer; its config holds the slopes and, as `alibi_tolerance`, the share of a row's
+            weights that may be left out: None for an eighth of what the type can tell from 1.
+        query: (batch, heads, queries, head_dim).
+        key, value: (batch, key-value heads, keys, head_dim); heads are grouped where there are fewer.
+        attention_mask: a BlockMask, of which the `mask_mod` counts, or a bool mask, the same for all heads; None as in
+            `visible_keys`.
+        scaling: of the logits; 1 / sqrt(head_dim) if None.
+        dropout: must be 0.
+        kwargs: `kernel_options`, see flex_attention.
+
+    Returns the output (batch, queries, heads, head_dim) and None: this backend has no weights to show.
+
+    Raises ValueError for dropout, gradients on the CPU, and a mask under which a query sees no run of tokens. In a
+    model under torch.compile, which cannot raise for what values say, the output of such a query is NaN.
+    """
+    refuse_unsupported("flex_attention", module, kwargs)
+    if dropout:
+        raise ValueError(f"flex_attention has no dropout, got {dropout}; set it to 0 in the config, {_OTHERWISE}")
+    if query.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        raise ValueError(
+            f"flex_attention has no backward pass on the CPU; use it under torch.no_grad(), {_OTHERWISE} to train"
+        )
+    queries, keys, width = query.shape[2], key.shape[2], value.shape[-1]
+    slopes = head_slopes(module.config, query.shape[1], query.device)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = autocast(query.device, query, key, value)
+    runs = runs_of(attention_mask, query, key)
+    # A tensor of this call: one that was cached in inference mode could not be kept for a backward pass.
+    penalty = slopes.per_head.clone()
+    if slopes.dynamic is not None:
+        penalty = slopes.for_queries(lambda: runs.seen[:, None])[..., 0]
+    partial, full = visible_blocks(runs, keys)
+    # A model under torch.compile has the kernel in its own graph. float64, which is for checks, has no kernel.
+    unfused = torch.compiler.is_compiling() or query.dtype == torch.float64
+    with torch.autocast(query.device.type, enabled=False):
+        if not unfused and runs.position is None and slopes.dynamic is None and 2 * BLOCK < queries == keys:
+            tolerance = getattr(module.config, "alibi_tolerance", None)
+            tolerance = torch.finfo(query.dtype).eps / 8 if tolerance is None else tolerance
+            kept = _kept_blocks(query.detach(), key.detach(), runs, penalty, scaling, tolerance)
+            partial, full = partial & kept, full & kept
+        spare = max(0, _NARROWEST - query.shape[-1])
+        query, key, value = (pad(tensor, (0, spare)) if spare else tensor for tensor in (query, key, value))
+        # PyTorch 2.13 writes C++ that does not compile where a table's size may change.
+        fixed = query.device.type == "cpu" and runs.table.ndim > 2
+        attend = _attend if unfused else _compiled(dynamic=False if fixed else None)
+        options = kwargs.get("kernel_options")
+        output = attend(query, key, value, penalty, runs.table, partial, full, scaling, options)[..., :width]
+    if runs.consecutive is not None:
+        output = output.masked_fill(~runs.consecutive[:, None, :, None], math.nan)
+    return output.transpose(1, 2).contiguous(), None
+
+
+@lru_cache(maxsize=2)
+def _compiled(dynamic: bool | None) -> Any:
+    # Made at the first call, since torch.compile is slow to import.
+    return torch.compile(_attend, dynamic=dynamic, recompile_limit=_GRAPHS, isolate_recompiles=True)  # type: ignore[call-overload]
+
+
+@torch.compiler.nested_compile_region
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slopes: Tensor,
+    table: Tensor,
+    partial: Tensor,
+    full: Tensor,
+    scaling: float,
+    kernel_options: Any,
+) -> Tensor:
+    """flex_attention with the bias, over the keys that each query sees.
+
+    Args:
+        query: (batch, heads, queries, head_dim).
+        key, value: (batch, key-value heads, keys, head_dim).
+        slopes: float32 (heads,) or (batch, heads, queries), logits per token of distance.
+        table: see `Runs`.
+        partial, full: bool (batch, 1 or heads, query blocks, key blocks), to be read with the mask and without.
+        scaling: of the logits.
+        kernel_options: of flex_attention.
+    """
+
+    def last(b: Tensor, q: Tensor) -> Tensor:
+        return torch.minimum(table[1, b], q + table[2, b]) if table.ndim == 2 else table[1, b, q]
+
+    def position(b: Tensor, k: Tensor) -> Tensor:
+        return table[2, b, k] if table.ndim == 3 and table.shape[0] == 3 else k
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        slope = slopes[h] if slopes.ndim == 1 else slopes[b, h, q]
+        # Distances stay integers until they meet the slope, and are small where they matter.
+        return score - slope * (last(b, q) - position(b, k))
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        first = table[0, b] if table.ndim == 2 else table[0, b, q]
+        return (first <= position(b, k)) & (position(b, k) <= last(b, q))
+
+    block_mask = BlockMask.from_kv_blocks(
+        *_indices(partial),
+        *_indices(full),
+        BLOCK,
+        mask_mod,
+        (query.shape[2], key.shape[2]),
+        torch.is_grad_enabled(),
+    )
+    grouped = query.shape[1] != key.shape[1]
+    output: Tensor = flex_attention(
+        query, key, value, score_mod, block_mask, scaling, enable_gqa=grouped, kernel_options=kernel_options
+    )
+    return output
+
+
+def _indices(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many key blocks each query block reads (int32), and their indices, which come first."""
+    order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(dim=-1, dtype=torch.int32), order.int()
+
+
+def _kept_blocks(query: Tensor, key: Tensor, runs: Runs, slopes: Tensor, scaling: float, tolerance: float) -> Tensor:
+    """Bool (batch, heads, query blocks, key blocks): False for blocks that carry less than `tolerance` of each row.
+
+    Args:
+        query: (batch, heads, tokens, head_dim).
+        key: (batch, key-value heads, tokens, head_dim).
+        runs: what each query sees; a key's position is its index.
+        slopes: float32 (heads,), logits per token of distance.
+        scaling: of the logits.
+        tolerance: share of a row's weights that everything left out may have together.
+
+    A block of queries reads its own and the previous block of keys, whose log-sum-exp is the measure. A further block
+    with centroid c and radius r holds no key with a logit above q·c + |q| r - slope × distance (Cauchy-Schwarz).
+    """
+    heads, key_heads, device = query.shape[1], key.shape[1], query.device
+    slope = slopes.view(key_heads, -1, 1, 1)
+    row = torch.arange(BLOCK, device=device)
+    query = by_block(query, 0.0, dim=2).unflatten(1, (key_heads, -1))
+    first, last = by_block(runs.first, 0)[:, None, None], by_block(runs.last, -1)[:, None, None]
+    count = query.shape[3]
+    near_key = pad(by_block(key, 0.0, dim=2).flatten(2, 3), (0, 0, BLOCK, 0)).unfold(2, 2 * BLOCK, BLOCK)
+    far_key = key[:, :, None, : (count - 1) * BLOCK].unflatten(3, (-1, BLOCK)).float()
+    centroid = far_key.mean(dim=4)
+    radius = (far_key - centroid[..., None, :]).norm(dim=-1).amax(dim=-1)[:, :, :, None]
+    radius = radius + _ROUNDING * far_key.norm(dim=-1).amax(dim=-1)[:, :, :, None]
+    # Of the sum of a block's geometric weights over the nearest, the logarithm.
+    series = (-torch.log(-torch.expm1(-slope))).clamp(max=math.log(BLOCK)) + 1e-3
+    entries = _CPU_ENTRIES if device.type == "cpu" else _GPU_ENTRIES
+    step = max(1, entries // (query.shape[0] * heads * BLOCK * (2 * BLOCK + count)))
+    kept = []
+    for part in (slice(begin, begin + step) for begin in range(0, count, step)):
+        block = torch.arange(count, device=device)[part, None]
+        index = (block - 1) * BLOCK + torch.arange(2 * BLOCK, device=device)
+        seen = (first[..., part, :, None] <= index[:, None]) & (index[:, None] <= last[..., part, :, None])
+        some, near = query[:, :, :, part].float() * scaling, near_key[:, :, None, part].float()
+        distance = row[:, None] + BLOCK - torch.arange(2 * BLOCK, device=device)
+        logits = (some @ near).sub_(slope[..., None] * distance).masked_fill_(~seen, -math.inf)
+        # A query that sees nothing needs no further keys.
+        lse = logits.logsumexp(dim=-1).masked_fill(last[..., part, :] < first[..., part, :], math.inf)
+        norm = some.norm(dim=-1)
+        rest = lse - _ROUNDING * norm * near.norm(dim=-2).amax(dim=-1)[..., None] + slope * row
+        bound = some @ centroid[:, :, :, None].mT + norm[..., None] * radius[..., None, :] - rest[..., None]
+        behind = block - torch.arange(count - 1, device=device)
+        share = bound.amax(dim=-2) - slope * ((behind - 1) * BLOCK + 1) + series
+        ordered, order = share.masked_fill(behind < 2, math.inf).sort(dim=-1)
+        left_out = ordered.exp().cumsum(dim=-1) <= tolerance
+        kept.append(~torch.zeros_like(left_out).scatter(-1, order, left_out))
+    return pad(torch.cat(kept, dim=3).flatten(1, 2), (0, 1), value=True)
