@@ -25,7 +25,7 @@ def decoded(query, key, value, allowed=None, slopes=None, tolerance=None):
 
 @pytest.fixture
 def read_keys(monkeypatch):
-    """How many values each key head read, in order."""
+    """How many values each call read, in order."""
     counts = []
     read = decoding._read
 
@@ -51,20 +51,21 @@ def test_equals_the_reference(heads, key_heads, queries, keys):
 
 
 def test_steep_heads_read_few_values_and_flat_ones_many(read_keys):
-    decoded(*qkv(1, 8, 8, 1, 20_000))
+    for slope in (0.5, 0.05, 0.005):
+        decoded(*qkv(1, 8, 8, 1, 20_000), slopes=torch.full((8,), slope))
     assert read_keys[0] <= 128
-    assert read_keys == sorted(read_keys)
-    assert 3000 < read_keys[-1] < 12_000
+    assert 400 < read_keys[1] < 1200
+    assert 3000 < read_keys[2] < 9000
 
 
 def test_a_far_key_that_matters_is_read(read_keys):
     query, key, value = qkv(1, 2, 1, 1, 9000)
-    key[0, 0, 100] = query[0, 0, 0] * 40
-    slopes = torch.tensor([0.001, 0.5])
+    key[0, 0, 100] = query[0, 0, 0] * 100
+    slopes = torch.tensor([0.02, 0.5])
     output, _ = decoded(query, key, value, slopes=slopes)
     assert largest(output, expected(query, key, value, head_slopes=slopes)) < 2e-6
-    assert (expected(query, key, value, head_slopes=slopes) - value[:, :, 100].double()).abs().amax() > 0.1
-    assert read_keys[0] < 9000
+    assert largest(output[0, 0, 0], value[0, 0, 100]) < 1e-5
+    assert read_keys[0] < 2000
 
 
 def test_nan_in_a_far_key_is_not_hidden():
@@ -104,13 +105,13 @@ def test_sdpa_decodes_by_it_from_some_length_on(monkeypatch, read_keys):
     assert largest(run("sdpa", query, key, value), expected(query, key, value)) < 2e-6
     truth = reference.attention(query, key, value, seen, position, reference.slopes(6), 0.25)
     assert largest(run("sdpa", query, key, value, allowed), truth) < 2e-6
-    assert len(read_keys) == 4
+    assert len(read_keys) == 2
     scaled = layer(6, scaling={"type": "dynamic"}, train_length=100)
     truth = expected(query, key, value, head_slopes=reference.slopes(6) / 3)
     assert largest(run("sdpa", query, key, value, module=scaled), truth) < 2e-6
     run("sdpa", query[..., :100], key[:, :, :299], value[:, :, :299])
     run("sdpa", query.bfloat16(), key.bfloat16(), value.bfloat16())
-    assert len(read_keys) == 6
+    assert len(read_keys) == 3
 
 
 def test_sdpa_reads_less_with_a_tolerance(monkeypatch, read_keys):
@@ -118,4 +119,4 @@ def test_sdpa_reads_less_with_a_tolerance(monkeypatch, read_keys):
     tensors = qkv(1, 4, 4, 1, 9000)
     run("sdpa", *tensors)
     run("sdpa", *tensors, module=layer(4, tolerance=0.01))
-    assert read_keys[7] < read_keys[3]
+    assert read_keys[1] < read_keys[0]

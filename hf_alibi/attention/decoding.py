@@ -1,7 +1,7 @@
 """ALiBi attention of a few new tokens over a cache: values that cannot matter are not read.
 
-Logits of all keys are computed, so that what is left out is known, not bounded. Of the values each key head reads only
-a window at the end and what lies outside of it and still counts, such as a first token that heads rest on.
+Logits of all keys are computed, so that what is left out is known, not bounded. Of the values only a window at the end
+is read, and what lies outside of it and still counts, such as a first token that heads rest on.
 """
 
 from __future__ import annotations
@@ -44,19 +44,31 @@ def decode(
     in float32 or wider.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
+    if allowed is not None:
+        key, value, allowed = _visible(key, value, allowed)
     key_heads, queries, keys = key.shape[1], query.shape[2], key.shape[2]
     # The queries of a group become rows of their common key head.
     rows = query.to(wide).unflatten(1, (key_heads, -1)).flatten(2, 3) * scaling
     bias = _bias(slopes, allowed, queries, keys, query.device).to(wide).expand(*query.shape[:3], -1)
     bias = bias.unflatten(1, (key_heads, -1)).flatten(2, 3)
-    logits = torch.baddbmm(bias.flatten(0, 1), rows.flatten(0, 1), key.to(wide).flatten(0, 1).mT).view_as(bias)
+    # For few queries, keys on the left are read at the speed of memory.
+    logits = bias + (key.to(wide) @ rows.mT).mT
     most = _by_block(logits)
     # The largest logit is no more than the log-sum-exp, which is not worth another pass; NaN is kept.
-    kept = ~((most - most.amax(dim=-1, keepdim=True)).amax(dim=(0, 2)) <= math.log(tolerance / keys))
-    parts = [_read(logits[:, head], value[:, head], kept[head]) for head in range(key_heads)]
-    output, lse = (torch.stack(tensors, dim=1) for tensors in zip(*parts, strict=True))
+    kept = ~((most - most.amax(dim=-1, keepdim=True)).amax(dim=(0, 1, 2)) <= math.log(tolerance / keys))
+    output, lse = _read(logits, value, kept)
     shape = (query.shape[1] // key_heads, queries)
     return output.unflatten(2, shape).flatten(1, 2), lse.unflatten(2, shape).flatten(1, 2)
+
+
+def _visible(key: Tensor, value: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Without the keys at both ends that no query sees, such as the empty end of a static cache."""
+    seen = allowed.any(dim=(0, 1, 2)).nonzero()[:, 0]
+    if not len(seen):
+        return key, value, allowed
+    visible = slice(int(seen[0]), int(seen[-1]) + 1)
+    key, value, allowed = key[:, :, visible], value[:, :, visible], allowed[..., visible]
+    return key, value, None if allowed.shape[2] == 1 and bool(allowed.all()) else allowed
 
 
 def _bias(slopes: HeadSlopes, allowed: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:
@@ -77,11 +89,11 @@ def _by_block(values: Tensor) -> Tensor:
 
 
 def _read(logits: Tensor, value: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax of logits (batch, rows, keys) times values (batch, keys, head_dim) over the kept blocks of keys.
+    """Softmax of logits (…, rows, keys) times values (…, keys, head_dim) over the kept blocks of keys.
 
-    Returns the output (batch, rows, head_dim) and the log-sum-exp (batch, rows).
+    Returns the output (…, rows, head_dim) and the log-sum-exp (…, rows).
     """
-    keys = value.shape[1]
+    keys = value.shape[-2]
     back = torch.arange(len(kept), 0, -1, device=kept.device)
     # The window may have gaps, but at least half of it is kept.
     window = int((back * (kept & (2 * kept.flip(0).cumsum(0).flip(0) >= back))).max())
@@ -93,7 +105,7 @@ def _read(logits: Tensor, value: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     lse = logits.logsumexp(dim=-1)
     # A query that sees nothing (padding) gets zeros.
     weights = (logits - lse[..., None]).exp().nan_to_num(nan=0.0) if bool(lse.isinf().any()) else logits.softmax(dim=-1)
-    output = weights[..., len(columns) :] @ value[:, start:].to(weights.dtype)
+    output = weights[..., len(columns) :] @ value[..., start:, :].to(weights.dtype)
     if len(columns):
-        output = output + weights[..., : len(columns)] @ value[:, columns].to(weights.dtype)
+        output = output + weights[..., : len(columns)] @ value[..., columns, :].to(weights.dtype)
     return output, lse

@@ -25,7 +25,7 @@ from .windowed import exact_tolerance, windowed_attention
 __all__ = ["sdpa_alibi_attention"]
 
 # Keys from which one new token costs less by `decode`, which has more steps.
-_DECODE_KEYS = 2**14
+_DECODE_KEYS = 2**15
 
 
 def sdpa_alibi_attention(
