@@ -44,13 +44,28 @@ class AlibiModel:
             )
         # Again: fields may have been changed since the config was made, such as by from_pretrained's arguments.
         config.validate_alibi()
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        # Parts are first built as transformers' own, and its GPT-2 refuses flex_attention.
+        flex = config._attn_implementation == "flex_attention"
+        try:
+            if flex:
+                config._attn_implementation = "sdpa"
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        finally:
+            if flex:
+                config._attn_implementation = "flex_attention"
         install_alibi(self, MODEL_CLASSES)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As any model's. Raises ValueError where flash-attn would take the empty end of a static cache for tokens."""
-        if self.config._attn_implementation == "flash_attention_2" and kwargs.get("attention_mask") is None:
+        """As any model's. Raises ValueError where the empty end of a static cache would be taken for tokens."""
+        name = self.config._attn_implementation
+        if name == "flex_attention" or (name == "flash_attention_2" and kwargs.get("attention_mask") is None):
             caches = [value for value in (*args, *kwargs.values()) if getattr(value, "is_compileable", False)]
+            if caches and name == "flex_attention":
+                # transformers' mask looks up how full the cache is only after this has changed.
+                raise ValueError(
+                    f"'flex_attention' has no right mask beside a {type(caches[0]).__name__}; use a DynamicCache, or "
+                    "attn_implementation='sdpa'"
+                )
             if caches:
                 raise ValueError(
                     f"'flash_attention_2' needs the keyword attention_mask beside a {type(caches[0]).__name__}, "

@@ -13,15 +13,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_alibi.attention import BACKENDS, alibi_name
-from hf_alibi.attention import factored, query_blocks
+from hf_alibi.attention import BACKENDS, alibi_name, factored, query_blocks
 from hf_alibi.attention import sdpa as sdpa_backend
 
 # Largest error allowed to outputs in float32, for values of size 1; dropping the bias costs 0.1 and more.
 EXACT = 1e-5
 
-# flash-attn needs a GPU and has tests of its own.
-ANYWHERE = [*(name for name in BACKENDS if name != "flash_attention_2"), "unwindowed"]
+# flash-attn needs a GPU, flex_attention a compiler; they have tests of their own.
+ANYWHERE = [*(name for name in BACKENDS if name not in ("flash_attention_2", "flex_attention")), "unwindowed"]
 
 backends = pytest.mark.parametrize("backend", ANYWHERE)
 

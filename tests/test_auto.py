@@ -147,7 +147,7 @@ def test_the_implementation_is_chosen_at_load_time(family, tmp_path):
         == "eager"
     )
     with pytest.raises((ValueError, ImportError)):
-        AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="flex_attention")
+        AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="flash_attention_3")
 
 
 @pytest.mark.parametrize(

@@ -146,8 +146,8 @@ def test_refuses_what_is_no_model():
 
 def test_refuses_an_attention_implementation_without_alibi_form(family):
     model = stock_model(family)
-    model.config._attn_implementation = "flex_attention"
-    fails(model, ValueError, "'flex_attention' has no ALiBi form; supported: eager, sdpa")
+    model.config._attn_implementation = "flash_attention_3"
+    fails(model, ValueError, "'flash_attention_3' has no ALiBi form; supported: eager, sdpa")
 
 
 def test_refuses_bidirectional_models(family):
@@ -165,7 +165,7 @@ def test_switching_the_implementation_keeps_alibi(family):
             hf_alibi.verify_alibi(model)
 
 
-@pytest.mark.parametrize("name", ["flex_attention", "flash_attention_3", "nonsense"])
+@pytest.mark.parametrize("name", ["flash_attention_3", "nonsense"])
 def test_switching_to_an_unsupported_implementation_raises_and_changes_nothing(family, name):
     model = hf_alibi.apply_alibi(stock_model(family))
     with pytest.raises((ValueError, ImportError)):

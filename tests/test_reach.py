@@ -172,11 +172,11 @@ def test_what_is_left_out_weighs_less_than_the_tolerance_in_every_row(data, slop
         assert mass_left_out(query[row], key[row], slope, scaling, near | read.bool()) <= tolerance
 
 
-def spans_of(query, key, slope, block=4, tolerance=1e-8):
-    """Far pairs that are read, (queries, keys), of one sequence."""
+def spans_of(query, key, slope, block=4, tolerance=1e-8, near_sum=True):
+    """Far pairs that are read, (queries, keys), of one sequence; from the sum over near keys, or over all."""
     queries, keys = query.shape[1], key.shape[1]
     distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
-    near = (distance >= 0) & ~far_pairs(queries, keys, block)
+    near = (distance >= 0) & ~(far_pairs(queries, keys, block) & near_sum)
     lse = near_log_sum_exp(query.double() @ key.double().mT - slope * distance, near).float()
     norms = query.norm(dim=-1), key.norm(dim=-1).amax(dim=0)
     kept = kept_blocks(query, key, norms, lse, slope=slope, scaling=1.0, block=block, tolerance=tolerance)
@@ -232,6 +232,32 @@ def test_what_is_read_does_not_depend_on_the_last_token():
     assert 0 < before.sum() < far_pairs(61, 61, 4).sum()
     key[:, -1] *= 1e7
     assert torch.equal(spans_of(query, key, 1.0)[:-1], before[:-1])
+
+
+def mass_by_what_is_read(query, key, slope, tolerance, block=4, near_sum=True):
+    queries, keys = query.shape[1], key.shape[1]
+    near = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries) & ~far_pairs(queries, keys, block)
+    read = spans_of(query, key, slope, block, tolerance, near_sum).bool()
+    assert not read.equal(far_pairs(queries, keys, block))
+    return mass_left_out(query[0], key[0], slope, 1.0, near | read)
+
+
+@pytest.mark.parametrize("size", [1e4, 1e6, 2e7])
+def test_rounding_of_large_logits_leaves_out_nothing_that_counts(monkeypatch, size):
+    """Keys that are all equal leave the bound no reserve, and float32 rounds logits of 1e7 by nats."""
+    monkeypatch.setattr(reach, "_GROUP", 1)
+    query, key = torch.randn(1, 1000, 4), torch.randn(4).expand(1, 1000, -1)
+    query, key = (torch.nn.functional.normalize(x, dim=-1) * size**0.5 for x in (query, key))
+    assert mass_by_what_is_read(query, key, 0.5, 0.1, block=1, near_sum=False) <= 0.1
+
+
+@pytest.mark.parametrize("tolerance", [0.2, 1e-3])
+@pytest.mark.parametrize("size", [0.0, 5.0])
+def test_the_bound_is_tight_where_all_logits_are_equal(monkeypatch, tolerance, size):
+    """No more is read than must be: what is left out takes half of the tolerance and more, given the row's true sum."""
+    monkeypatch.setattr(reach, "_GROUP", 1)
+    query = key = torch.ones(1, 600, 1) * size**0.5
+    assert tolerance / 2 < mass_by_what_is_read(query, key, 0.05, tolerance, block=2, near_sum=False) <= tolerance
 
 
 def test_no_more_norms_than_far_keys_are_needed_to_leave_all_out():

@@ -332,8 +332,10 @@ def hostile(draw):
     for spoil in draw(st.lists(spoils, max_size=3)):
         place = draw(st.integers(0, keys - 1))
         sign = draw(st.sampled_from([1.0, -1.0]))
+        # In all sequences and key heads, or in one.
+        own = draw(st.sampled_from([key, key[:1], key[-1:], key[:, :1], key[:, -1:]]))
         if spoil == "far":
-            key[:, :, place] *= 1000 * sign
+            own[:, :, place] *= 1000 * sign
         elif spoil == "aligned":
             chosen = query[:, :: len(slopes) // key_heads, draw(st.integers(0, queries - 1))]
             key[:, :, place] = chosen * sign * draw(st.sampled_from([3.0, 30.0, 1000.0]))
@@ -342,15 +344,15 @@ def hostile(draw):
         elif spoil == "sink":
             place = draw(st.sampled_from([0, place]))
             query = query + 3 * common
-            key[:, :, place] = common * draw(st.sampled_from([5.0, 20.0, 100.0])) * width**0.5
+            own[:, :, place] = common * draw(st.sampled_from([5.0, 20.0, 100.0])) * width**0.5
         elif spoil == "large queries":
             query = query * 100
         elif spoil == "no queries":
             query = query * 0
         elif spoil == "no keys":
-            key = key * 0
+            own *= 0
         elif spoil == "wide":
-            key[:, :, place : place + 8] *= 30
+            own[:, :, place : place + 8] *= 30
         elif spoil == "growing":  # cancels the bias of the first head
             key = key + common * torch.arange(keys, 0, -1)[:, None] * min(slopes[0], 10.0) * width**0.5 / 2
             query = query + 2 * common
@@ -474,6 +476,17 @@ def test_what_is_not_finite_in_a_far_key_is_not_dropped(bad, place):
     assert (output - usual).abs().nan_to_num(0.0).max() < 1e-5
 
 
+@pytest.mark.parametrize("head", [0, 1])
+def test_each_key_head_has_its_own_bound(head):
+    query, key, value = qkv(1, 4, 2, 90, 90, 4)
+    query[..., 0] += 3.0
+    key[:, head, 0, 0] += 100.0
+    key[:, 1 - head] *= 0.01
+    slopes = [1.5] * 4
+    with small_blocks():
+        assert largest(attend(query, key, value, slopes), truth_of(query, key, value, slopes)) < EXACT
+
+
 def test_a_query_that_is_not_finite_spoils_no_other():
     query, key, value = qkv(1, 3, 3, 90, 90, 4)
     query[:, :, 50, 2] = math.nan
@@ -498,7 +511,7 @@ def test_most_keys_are_skipped_at_8192_tokens():
     assert sum(exact.kept) / 12 < 0.33
     steep = [kept for kept, slope in zip(exact.kept, slopes, strict=True) if slope >= 0.25]
     assert len(steep) == 4
-    assert max(steep) < 0.05
+    assert max(steep) < 0.1
     assert exact.windows[0] < 200
     # The flattest head needs all keys.
     assert (min(exact.windows), max(exact.windows)) == (exact.windows[0], 8191)

@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from .head_slopes import head_slopes
 from .inputs import autocast, refuse_unsupported
 from .runs import BLOCK, Runs, by_block, runs_of, visible_blocks
+from .windowed import exact_tolerance
 
 __all__ = ["flex_alibi_attention"]
 
@@ -48,7 +49,7 @@ def flex_alibi_attention(
 
     Args:
         module: the self-attention layer; its config holds the slopes and, as `alibi_tolerance`, the share of a row's
-            weights that may be left out: None for an eighth of what the type can tell from 1.
+            weights that may be left out; None for `exact_tolerance`.
         query: (batch, heads, queries, head_dim).
         key, value: (batch, key-value heads, keys, head_dim); heads are grouped where there are fewer.
         attention_mask: a BlockMask, of which the `mask_mod` counts, or a bool mask, the same for all heads; None as in
@@ -70,7 +71,8 @@ def flex_alibi_attention(
             f"flex_attention has no backward pass on the CPU; use it under torch.no_grad(), {_OTHERWISE} to train"
         )
     queries, keys, width = query.shape[2], key.shape[2], value.shape[-1]
-    slopes = head_slopes(module.config, query.shape[1], query.device)
+    config: Any = module.config
+    slopes = head_slopes(config, query.shape[1], query.device)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = autocast(query.device, query, key, value)
     runs = runs_of(attention_mask, query, key)
@@ -79,21 +81,31 @@ def flex_alibi_attention(
     if slopes.dynamic is not None:
         penalty = slopes.for_queries(lambda: runs.seen[:, None])[..., 0]
     partial, full = visible_blocks(runs, keys)
-    # A model under torch.compile has the kernel in its own graph. float64, which is for checks, has no kernel.
-    unfused = torch.compiler.is_compiling() or query.dtype == torch.float64
+    compiling = torch.compiler.is_compiling()
     with torch.autocast(query.device.type, enabled=False):
-        if not unfused and runs.position is None and slopes.dynamic is None and 2 * BLOCK < queries == keys:
-            tolerance = getattr(module.config, "alibi_tolerance", None)
-            tolerance = torch.finfo(query.dtype).eps / 8 if tolerance is None else tolerance
+        if not compiling and runs.position is None and slopes.dynamic is None and 2 * BLOCK < queries == keys:
+            tolerance = exact_tolerance(query.dtype) if config.alibi_tolerance is None else config.alibi_tolerance
             kept = _kept_blocks(query.detach(), key.detach(), runs, penalty, scaling, tolerance)
             partial, full = partial & kept, full & kept
         spare = max(0, _NARROWEST - query.shape[-1])
         query, key, value = (pad(tensor, (0, spare)) if spare else tensor for tensor in (query, key, value))
-        # PyTorch 2.13 writes C++ that does not compile where a table's size may change.
-        fixed = query.device.type == "cpu" and runs.table.ndim > 2
-        attend = _attend if unfused else _compiled(dynamic=False if fixed else None)
+        if compiling:
+            # A region of its own, since the kernel on the CPU takes no tensors that its graph has yet to compute.
+            attend = _region
+        elif query.dtype == torch.float64:
+            # No kernel takes it: unfused, for checks.
+            attend = _attend
+        else:
+            # PyTorch 2.13 writes C++ that does not compile where the size of what the kernel looks up may change.
+            per_query = penalty.ndim > 1 or runs.table.ndim > 2
+            if not per_query:
+                torch._dynamo.mark_static(penalty)
+                torch._dynamo.mark_static(runs.table)
+            attend = _compiled(dynamic=False if per_query and query.device.type == "cpu" else None)
+        # Not a number, for which each value would be a kernel of its own.
+        scale = torch.full((1,), scaling, dtype=torch.float32, device=query.device)
         options = kwargs.get("kernel_options")
-        output = attend(query, key, value, penalty, runs.table, partial, full, scaling, options)[..., :width]
+        output = attend(query, key, value, penalty, runs.table, partial, full, scale, options)[..., :width]
     if runs.consecutive is not None:
         output = output.masked_fill(~runs.consecutive[:, None, :, None], math.nan)
     return output.transpose(1, 2).contiguous(), None
@@ -105,7 +117,6 @@ def _compiled(dynamic: bool | None) -> Any:
     return torch.compile(_attend, dynamic=dynamic, recompile_limit=_GRAPHS, isolate_recompiles=True)  # type: ignore[call-overload]
 
 
-@torch.compiler.nested_compile_region
 def _attend(
     query: Tensor,
     key: Tensor,
@@ -114,7 +125,7 @@ def _attend(
     table: Tensor,
     partial: Tensor,
     full: Tensor,
-    scaling: float,
+    scaling: Tensor,
     kernel_options: Any,
 ) -> Tensor:
     """flex_attention with the bias, over the keys that each query sees.
@@ -125,7 +136,7 @@ def _attend(
         slopes: float32 (heads,) or (batch, heads, queries), logits per token of distance.
         table: see `Runs`.
         partial, full: bool (batch, 1 or heads, query blocks, key blocks), to be read with the mask and without.
-        scaling: of the logits.
+        scaling: float32 (1,), of the logits.
         kernel_options: of flex_attention.
     """
 
@@ -138,7 +149,7 @@ def _attend(
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         slope = slopes[h] if slopes.ndim == 1 else slopes[b, h, q]
         # Distances stay integers until they meet the slope, and are small where they matter.
-        return score - slope * (last(b, q) - position(b, k))
+        return score * scaling[0] - slope * (last(b, q) - position(b, k))
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         first = table[0, b] if table.ndim == 2 else table[0, b, q]
@@ -154,9 +165,12 @@ def _attend(
     )
     grouped = query.shape[1] != key.shape[1]
     output: Tensor = flex_attention(
-        query, key, value, score_mod, block_mask, scaling, enable_gqa=grouped, kernel_options=kernel_options
+        query, key, value, score_mod, block_mask, 1.0, enable_gqa=grouped, kernel_options=kernel_options
     )
     return output
+
+
+_region = torch.compiler.nested_compile_region(_attend)
 
 
 def _indices(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ class Runs(NamedTuple):
     """What each query sees: all tokens from its first to its last one. Positions count tokens."""
 
     first: Tensor
-    """(batch, queries), position of the first token that the query sees; 0 where there is none."""
+    """(batch, queries), position of the first token that the query sees; behind all where there is none."""
     last: Tensor
     """(batch, queries), position of the last one; -1 where there is none."""
     seen: Tensor
@@ -183,10 +183,9 @@ def _checked(first: Tensor, last: Tensor, seen: Tensor, seeing: Tensor) -> Runs:
                 f"or a window), got one that hides some in between; give such a mask, {_OTHERWISE}"
             )
         if indices_do:
-            first = first.masked_fill(none, 0)
             table = _sequence_table(sequence) if sequences_do else torch.stack([first, last])
             return Runs(first, last, seen, None, table)
-    start, end = start.masked_fill(none, 0), end.masked_fill(none, -1)
+    start, end = start.masked_fill(none, keys), end.masked_fill(none, -1)
     position = position.masked_fill(~token, -1)
     table = torch.stack([pad(values, (0, max(queries, keys) - values.shape[-1])) for values in (start, end, position)])
     return Runs(start, end, seen, position, table, consecutive if torch.compiler.is_compiling() else None)

@@ -142,10 +142,14 @@ def _windowed(
     # What the backward pass needs of it must stay as it is.
     output = output.clone() if rests else output
     for rest in rests:
-        one = slice(rest.batch, rest.batch + 1)
-        rows = allowed.expand(len(query), -1, -1, -1)[one, :, rest.queries]
-        output[one, :, rest.queries] = dense_attention(
-            query[one, :, rest.queries], key[one], value[one], rows, slopes=slopes, scaling=scaling, dropout=0.0
+        output[rest.batch, :, rest.queries] = dense_attention(
+            query[rest.batch, :, rest.queries],
+            key[rest.batch],
+            value[rest.batch],
+            allowed[rest.batch, :, rest.queries],
+            slopes=slopes,
+            scaling=scaling,
+            dropout=0.0,
         )
     return output
 

@@ -32,9 +32,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class Rest:
-    """Queries of one sequence that see something else, such as right padding."""
+    """Queries that see something else, such as right padding."""
 
-    batch: int
+    batch: slice
     queries: slice
 
 
@@ -65,6 +65,8 @@ def _find(allowed: Tensor) -> tuple[list[Segment], list[Rest]] | None:
     rests: list[Rest] = []
     queries = allowed.shape[1]
     for index, rows in enumerate(allowed):
+        # A single mask is that of all sequences.
+        batch = slice(index, index + 1) if len(allowed) > 1 else slice(None)
         first, last, whole = _ranges(rows)
         nothing = last < first
         # A new segment starts where the first key changes, or the last is not the next one.
@@ -78,12 +80,12 @@ def _find(allowed: Tensor) -> tuple[list[Segment], list[Rest]] | None:
             run = slice(begin, begin + count)
             if kind[begin] == 1 and count >= _SHORT:
                 keys = slice(int(first[begin]), int(last[begin + count - 1]) + 1)
-                segments.append(Segment(slice(index, index + 1), run, keys))
+                segments.append(Segment(batch, run, keys))
             elif kind[begin]:
-                if rests and rests[-1].batch == index and rests[-1].queries.stop == begin:
-                    rests[-1] = Rest(index, slice(rests[-1].queries.start, begin + count))
+                if rests and rests[-1].batch == batch and rests[-1].queries.stop == begin:
+                    rests[-1] = Rest(batch, slice(rests[-1].queries.start, begin + count))
                 else:
-                    rests.append(Rest(index, run))
+                    rests.append(Rest(batch, run))
             begin += count
     return (segments, rests) if segments else None
 

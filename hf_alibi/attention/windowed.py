@@ -29,11 +29,11 @@ _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_ba
 
 # Nats that a key costs at the distance of a block. Most heads then need nothing beyond their near keys, and on short
 # sequences calls are few; within limits set by the kernel's efficiency and by the memory of the dense bias.
-_BLOCK_NATS = 32.0
+_BLOCK_NATS = 64.0
 _BLOCK_MIN, _BLOCK_MAX = 64, 512
-# Where the bias differs by less over the whole sequence, no key can be left out, and slope × position is small enough
-# not to cost precision: one plain causal call serves the head.
-_FLAT_NATS = 64.0
+# Where the bias differs by less over the whole sequence, leaving out the few keys that could be would cost more calls
+# than it saves, and slope × position is small enough not to cost precision: one plain causal call serves the head.
+_FLAT_NATS = 96.0
 
 
 def exact_tolerance(dtype: torch.dtype) -> float:
