@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import hf_alibi
-from hf_alibi.attention import flex
+from hf_alibi.attention import flex, runs
 from hf_alibi.attention.flex import flex_alibi_attention
 from hf_alibi.attention.runs import BLOCK, runs_of, visible_blocks
 
@@ -85,7 +85,7 @@ def masks():
     full = torch.ones(3, LENGTH, dtype=torch.bool)
     one = torch.zeros(3, LENGTH, dtype=torch.long)
     left, holes, packed = full.clone(), full.clone(), one.clone()
-    left[0, :150] = left[1, -90:] = left[2, :7] = False
+    left[0, :150] = left[1, 256:] = left[2, :7] = False
     holes[0, 200:260] = holes[1, 5:9] = holes[1, :2] = holes[2, -30:] = False
     packed[0, 13:] = packed[1, 128:] = packed[1, 300:] = 1
     packed[1, 300:] = packed[2, 333:] = 2
@@ -112,8 +112,7 @@ def case(kind):
 def test_masks(unfused, kind, form):
     inputs, seen, truth, real = case(kind)
     mask = block_mask(seen) if form == "block mask" else seen[:, None]
-    runs = runs_of(mask, *inputs[:2])
-    assert runs.table.shape == masks()[kind][2]
+    assert runs_of(mask, *inputs[:2]).table.shape == masks()[kind][2]
     output = run(*inputs, mask)
     assert largest(output[real], truth[real]) < EXACT
     assert output.isfinite().all()
@@ -123,8 +122,7 @@ def test_masks(unfused, kind, form):
 def test_blocks_to_be_read(kind):
     """None is missing, none is read without the mask that needs it, and no more are read than just about needed."""
     _, seen, _, _ = case(kind)
-    runs = runs_of(seen[:, None], *qkv(3, 1, 1, LENGTH, LENGTH)[:2])
-    partial, full = visible_blocks(runs, LENGTH)
+    partial, full = visible_blocks(runs_of(seen[:, None], *qkv(3, 1, 1, LENGTH, LENGTH)[:2]), LENGTH)
     spare = -LENGTH % BLOCK
     blocks = torch.nn.functional.pad(seen, (0, spare, 0, spare)).unfold(1, BLOCK, BLOCK).unfold(2, BLOCK, BLOCK)
     some, whole = blocks.flatten(3).any(-1)[:, None], blocks.flatten(3).all(-1)[:, None]
@@ -286,11 +284,26 @@ def test_half_types_are_as_good_as_plain_attention(dtype):
     assert largest(output, expected(query, key, value)) <= 1.5 * plain_error
 
 
+def kept_and_left_out(query, key, slopes, tolerance, seen=None):
+    """Which blocks are kept, and the weights that each query leaves out, in float64."""
+    length = query.shape[2]
+    seen = torch.ones(len(query), length, length, dtype=torch.bool).tril() if seen is None else seen
+    slopes = torch.tensor(slopes)
+    kept = flex._kept_blocks(query, key, runs_of(seen[:, None], query, key), slopes, 0.25, tolerance)
+    read = kept.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)[:, :, :length, :length]
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    logits = query.double() @ key.double().repeat_interleave(query.shape[1] // key.shape[1], dim=1).mT * 0.25
+    logits = (logits - slopes.double()[:, None, None] * distance).masked_fill(~seen[:, None], -torch.inf)
+    weights = logits.softmax(-1).nan_to_num(0.0)
+    return kept, weights.masked_fill(read, 0.0).sum(-1), weights
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-8])
-def test_what_is_left_out_is_less_than_the_tolerance(seed, tolerance):
-    """For uneven data, small blocks of work, padding, packing and groups: each row's weights in float64."""
-    length, slopes = 1300, torch.tensor([0.5, 0.11, 0.03, 0.009])
+def test_what_is_left_out_is_less_than_the_tolerance(monkeypatch, seed, tolerance):
+    """For uneven data, with groups, padding and packing, a few blocks at a time."""
+    monkeypatch.setattr(flex, "_CPU_ENTRIES", 2**20)
+    length = 1300
     query, key, _ = qkv(2, 4, 2, length, length, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     query *= torch.randn(length, 1, generator=generator).mul(0.3).exp()
@@ -304,30 +317,46 @@ def test_what_is_left_out_is_less_than_the_tolerance(seed, tolerance):
     if seed >= 4:
         segments[:, 700:] = 1
     seen = reference.visible(padding, segments)
-    runs = runs_of(seen[:, None], query, key)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flex, "_CPU_ENTRIES", 2**20)
-        kept = flex._kept_blocks(query, key, runs, slopes, 0.25, tolerance)
-    read = kept.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)[:, :, :length, :length]
-    distance = torch.arange(length)[:, None] - torch.arange(length)
-    logits = (
-        query.double() @ key.double().repeat_interleave(2, dim=1).mT * 0.25 - slopes.double()[:, None, None] * distance
-    )
-    weights = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1).nan_to_num(0.0)
-    left_out = weights.masked_fill(read, 0.0).sum(-1)
+    kept, left_out, _ = kept_and_left_out(query, key, [0.5, 0.11, 0.03, 0.009], tolerance, seen)
     assert left_out.max() <= tolerance
-    partial, full = visible_blocks(runs, length)
-    visible = (partial | full).expand_as(kept)
-    assert 0.1 < kept[visible].double().mean() < 0.95
+    partial, full = visible_blocks(runs_of(seen[:, None], query, key), length)
+    assert 0.1 < kept[(partial | full).expand_as(kept)].double().mean() < 0.95
+
+
+@pytest.mark.parametrize("slope", [0.5, 0.05, 0.01, 0.003])
+def test_the_bound_is_tight_where_it_can_be(slope):
+    """With equal queries and equal keys no block is read of which the weights are known to be too small."""
+    query = key = torch.full((1, 1, 2000, 16), 0.1)
+    for tolerance in torch.logspace(-1, -12, 34).tolist():
+        kept, left_out, weights = kept_and_left_out(query, key, [slope], tolerance)
+        assert left_out.max() <= tolerance
+        block = kept.shape[2] - 2
+        row = weights[0, 0, block * BLOCK]
+        nearest_left_out = int(kept[0, 0, block, :block].sum()) - 1
+        further = row[: (block - nearest_left_out) * BLOCK].sum()
+        # The bound knows the weights of the nearest two blocks of keys, not of all.
+        assert further > 0.9 * tolerance * row[(block - 1) * BLOCK :].sum() or nearest_left_out == 1
+
+
+def test_the_last_query_of_a_block_counts_as_the_first_does():
+    """Only for the last one does the far block matter, for which its query is long enough."""
+    query, key = torch.zeros(1, 1, 5 * BLOCK, 16), torch.zeros(1, 1, 5 * BLOCK, 16)
+    key[0, 0, :BLOCK, 0] = 1.0
+    query[0, 0, -1, 0] = 4 * 0.1 * 4.5 * BLOCK
+    kept, left_out, weights = kept_and_left_out(query, key, [0.1], 1e-8)
+    assert weights[0, 0, -1, :BLOCK].sum() > 0.1
+    assert weights[0, 0, -BLOCK:-1, :BLOCK].sum() < 1e-8
+    assert kept[0, 0, 4, 0]
+    assert left_out.max() <= 1e-8
 
 
 def test_what_cannot_be_compared_is_read():
     query, key, _ = qkv(1, 2, 2, 900, 900)
-    runs = runs_of(None, query, key)
-    usual = flex._kept_blocks(query, key, runs, torch.tensor([0.5, 0.5]), 0.25, 1e-8)
+    causal = runs_of(None, query, key)
+    usual = flex._kept_blocks(query, key, causal, torch.tensor([0.5, 0.5]), 0.25, 1e-8)
     assert not usual[0, :, 6, :4].any()
     key[0, 0, 10] = torch.nan
-    kept = flex._kept_blocks(query, key, runs, torch.tensor([0.5, 0.5]), 0.25, 1e-8)
+    kept = flex._kept_blocks(query, key, causal, torch.tensor([0.5, 0.5]), 0.25, 1e-8)
     assert kept[0, 0, :, 0].all()
     assert torch.equal(kept[0, 1], usual[0, 1])
 
@@ -452,6 +481,13 @@ def test_chunks_in_a_model(unfused, family):
     cache = DynamicCache(config=model.config)
     parts = [model(part, past_key_values=cache).logits for part in input_ids.split([10, 1, 13], dim=1)]
     assert largest(torch.cat(parts, dim=1), model(input_ids).logits) < 1e-4
+
+
+def test_a_mask_is_looked_into_once_for_all_layers(unfused, monkeypatch, family):
+    looks, create_mask = [], runs.create_mask
+    monkeypatch.setattr(runs, "create_mask", lambda *args: looks.append(args) or create_mask(*args))
+    flex_model(family)(tokens(2, 150))
+    assert len(looks) == 1
 
 
 def test_refuses_static_caches(family):

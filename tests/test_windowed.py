@@ -508,11 +508,13 @@ def test_most_keys_are_skipped_at_8192_tokens():
         attend(query, key, value, slopes)
         attend(query, key, value, slopes, tolerance=1e-2)
     exact, loose = reads
-    assert sum(exact.kept) / 12 < 0.33
+    assert sum(exact.kept) / 12 < 0.35
+    # Slopes of 1/2 and 0.7, then all from 1/4 on.
     steep = [kept for kept, slope in zip(exact.kept, slopes, strict=True) if slope >= 0.25]
     assert len(steep) == 4
+    assert max(steep[0], steep[2]) < 0.05
     assert max(steep) < 0.1
-    assert exact.windows[0] < 200
+    assert exact.windows[0] < 300
     # The flattest head needs all keys.
     assert (min(exact.windows), max(exact.windows)) == (exact.windows[0], 8191)
     assert sum(loose.kept) < sum(exact.kept)
@@ -571,10 +573,13 @@ def test_memory_grows_linearly_forward_and_backward(monkeypatch):
 # Who sees whom
 
 
-@pytest.mark.parametrize("length", [300, 1025, 1537])
+@pytest.mark.parametrize("length", [257, 1025, 1537, 2049])
 @pytest.mark.parametrize("tolerance", [None, 0.3])
 def test_the_future_is_not_seen(length, tolerance):
-    """Not even in what is read: not by a last key so large that no bound with it could leave anything out."""
+    """Not even in what is read: not by a last key so large that no bound with it could leave anything out.
+
+    At these lengths no query shares its block with the last one.
+    """
     query, key, value = qkv(2, 4, 2, length, length, 8)
     before = attend(query, key, value, MIXED, tolerance)
     key[:, :, -1] *= 1e5
@@ -584,17 +589,35 @@ def test_the_future_is_not_seen(length, tolerance):
     assert not torch.equal(after[:, :, -1], before[:, :, -1])
 
 
-@settings(max_examples=50, deadline=None)
+def reads_apart(queries, block, group):
+    """How many queries come before those that may read what the last one needs."""
+    if queries % block:
+        return queries - queries % block
+    together = max(1, group // block) * block
+    return (queries - block) // together * together
+
+
+@settings(max_examples=60, deadline=None)
 @given(data=hostile(), size=sizes, tolerance=st.sampled_from([None, 0.3]), large=st.sampled_from([1.0, 30.0, 1e6]))
 def test_the_future_is_not_seen_in_any_data(data, size, tolerance, large):
+    """Queries that share their reading with the last one may read other keys, within the tolerance."""
     *inputs, slopes = data
     query, key, value = (x.clone() for x in inputs)
-    with small_blocks(**size):
+    with small_blocks(**size) as reports:
         before = attend(query, key, value, slopes, tolerance)
         key[:, :, -1] = large * (key[:, :, -1] + 1)
         value[:, :, -1] += 1
         after = attend(query, key, value, slopes, tolerance)
-    assert torch.equal(after[:, :, :-1], before[:, :, :-1])
+        blocks = {head: windowed._block_size(slopes[head]) for head in reports[0]["spans"]}
+    for head in range(len(slopes)):
+        queries = query.shape[2]
+        apart = reads_apart(queries, blocks[head], size["group"]) if head in blocks else queries - 1
+        assert torch.equal(after[:, head, :apart], before[:, head, :apart])
+    share = exact_tolerance(torch.float32) if tolerance is None else tolerance
+    wide = [x.double() for x in inputs]
+    off = rounding(*wide, torch.tensor(slopes, dtype=torch.float64), wide[0])[0][:, :, :-1]
+    bound = 4 * share * inputs[2].norm(dim=-1).max() + 16 * off
+    assert ((after - before)[:, :, :-1].norm(dim=-1) <= bound).all()
 
 
 def test_sequences_of_a_batch_do_not_influence_each_other():

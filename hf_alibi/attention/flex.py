@@ -204,8 +204,9 @@ def _kept_blocks(query: Tensor, key: Tensor, runs: Runs, slopes: Tensor, scaling
     centroid = far_key.mean(dim=4)
     radius = (far_key - centroid[..., None, :]).norm(dim=-1).amax(dim=-1)[:, :, :, None]
     radius = radius + _ROUNDING * far_key.norm(dim=-1).amax(dim=-1)[:, :, :, None]
-    # Of the sum of a block's geometric weights over the nearest, the logarithm.
-    series = (-torch.log(-torch.expm1(-slope))).clamp(max=math.log(BLOCK)) + 1e-3
+    # What the bias leaves of a block of keys, over that of its nearest key: the sum of a geometric series.
+    ratio = -slope.clamp(min=1e-9)
+    series = torch.log(torch.expm1(BLOCK * ratio) / torch.expm1(ratio)) + 1e-3
     entries = _CPU_ENTRIES if device.type == "cpu" else _GPU_ENTRIES
     step = max(1, entries // (query.shape[0] * heads * BLOCK * (2 * BLOCK + count)))
     kept = []

@@ -204,7 +204,7 @@ def visible_blocks(runs: Runs, keys: int) -> tuple[Tensor, Tensor]:
     place = by_block(place, -1)[:, None]
     lowest, highest = place.amin(dim=-1), place.amax(dim=-1)
     first, last = by_block(runs.first, keys), by_block(runs.last, -1)
-    full = (lowest >= 0) & (first.amax(dim=-1, keepdim=True) <= lowest) & (last.amin(dim=-1, keepdim=True) >= highest)
+    full = (first.amax(dim=-1, keepdim=True) <= lowest) & (last.amin(dim=-1, keepdim=True) >= highest)
     nearest = torch.where(place < 0, keys, place).amin(dim=-1)
     some = (first.amin(dim=-1, keepdim=True) <= highest) & (last.amax(dim=-1, keepdim=True) >= nearest)
     return (some & ~full)[:, None], full[:, None]
