@@ -350,6 +350,15 @@ def test_the_last_query_of_a_block_counts_as_the_first_does():
     assert left_out.max() <= 1e-8
 
 
+def test_nothing_is_skipped_where_distances_or_slopes_are_not_what_the_bound_knows(unfused, read):
+    inputs, seen, _, _ = case("packed")
+    run(*inputs, block_mask(seen))
+    run(*inputs, block_mask(seen), layer(6, scaling={"type": "dynamic"}, train_length=16))
+    run(*inputs, block_mask(case("holes")[1]))
+    run(inputs[0][:, :, -300:], *inputs[1:], block_mask(torch.ones(3, 300, LENGTH, dtype=torch.bool).tril(100)))
+    assert [blocks.shape[1] for blocks in read] == [6, 1, 1, 1]
+
+
 def test_what_cannot_be_compared_is_read():
     query, key, _ = qkv(1, 2, 2, 900, 900)
     causal = runs_of(None, query, key)
