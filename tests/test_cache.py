@@ -143,6 +143,15 @@ def test_dynamic_slopes_drop_nothing(family):
     assert {kept for layer in cache.kept_tokens for kept in layer} == {200}
 
 
+def test_under_autocast(family):
+    """Rotary layers hand over float32 queries and keys beside bfloat16 values."""
+    model, ids = converted(family), tokens(1, 60)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, truth = (step(model, ids, cache, [50] + [1] * 10) for cache in (AlibiCache(), DynamicCache()))
+    assert ours.dtype == torch.bfloat16
+    assert (ours.float() - truth.float()).abs().max() < 0.05
+
+
 def test_reset_and_reuse(family):
     model, ids, cache = converted(family), tokens(1, 200), AlibiCache()
     first = step(model, ids, cache, [1] * 200)

@@ -14,7 +14,7 @@ from hf_alibi.attention import decoding
 from hf_alibi.attention import sdpa as sdpa_backend
 from hf_alibi.attention.decoding import decode
 from hf_alibi.attention.head_slopes import HeadSlopes
-from hf_alibi.attention.windowed import exact_tolerance
+from hf_alibi.attention.reach import exact_tolerance
 
 
 def decoded(query, key, value, allowed=None, slopes=None, tolerance=None):

@@ -13,9 +13,10 @@ from test_reach import pairs_read
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_alibi.attention import reach, windowed
+from hf_alibi.attention.reach import exact_tolerance
 from hf_alibi.attention.reading import record_reads, report_reads
 from hf_alibi.attention.segments import Segment
-from hf_alibi.attention.windowed import exact_tolerance, windowed_attention
+from hf_alibi.attention.windowed import windowed_attention
 
 # Largest error allowed in float32, to outputs for values of size 1 and to gradients relative to the largest one.
 EXACT = 5e-6
@@ -252,6 +253,7 @@ def small_blocks(block_min=4, block_max=16, nats=8.0, flat=1.0, group=16, thread
         patch.setattr(windowed, "_FLAT_NATS", flat)
         patch.setattr(reach, "_GROUP", group)
         patch.setattr(windowed, "report_reads", lambda **report: [reports.append(report), report_reads(**report)])
+        patch.setattr(windowed, "recording", lambda: True)
         patch.setattr(torch, "get_num_threads", lambda: threads)
         yield reports
 

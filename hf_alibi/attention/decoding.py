@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..bias import alibi_bias, causal_rows
 from .head_slopes import HeadSlopes
+from .reach import widest_window
 
 __all__ = ["decode"]
 
@@ -95,8 +96,7 @@ def _read(logits: Tensor, value: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """
     keys = value.shape[-2]
     back = torch.arange(len(kept), 0, -1, device=kept.device)
-    # The window may have gaps, but at least half of it is kept.
-    window = int((back * (kept & (2 * kept.flip(0).cumsum(0).flip(0) >= back))).max())
+    window = widest_window(kept, back)
     start = max(0, keys - window * _BLOCK)
     remote = (kept & (back > window)).nonzero()[:, 0]
     columns = (remote[:, None] * _BLOCK + torch.arange(_BLOCK, device=kept.device)).flatten() - (-keys % _BLOCK)

@@ -18,8 +18,8 @@ from torch.nn.functional import pad
 
 from .head_slopes import head_slopes
 from .inputs import autocast, refuse_unsupported
+from .reach import exact_tolerance, left_out
 from .runs import BLOCK, Runs, by_block, runs_of, visible_blocks
-from .windowed import exact_tolerance
 
 __all__ = ["flex_alibi_attention"]
 
@@ -224,7 +224,5 @@ def _kept_blocks(query: Tensor, key: Tensor, runs: Runs, slopes: Tensor, scaling
         bound = some @ centroid[:, :, :, None].mT + norm[..., None] * radius[..., None, :] - rest[..., None]
         behind = block - torch.arange(count - 1, device=device)
         share = bound.amax(dim=-2) - slope * ((behind - 1) * BLOCK + 1) + series
-        ordered, order = share.masked_fill(behind < 2, math.inf).sort(dim=-1)
-        left_out = ordered.exp().cumsum(dim=-1) <= tolerance
-        kept.append(~torch.zeros_like(left_out).scatter(-1, order, left_out))
+        kept.append(~left_out(share.masked_fill(behind < 2, math.inf), tolerance))
     return pad(torch.cat(kept, dim=3).flatten(1, 2), (0, 1), value=True)

@@ -16,12 +16,39 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["Kept", "Span", "far_spans", "kept_blocks"]
+__all__ = ["Kept", "Span", "exact_tolerance", "far_spans", "kept_blocks", "left_out", "widest_window"]
 
 # Queries that share one window, for fewer and larger calls.
 _GROUP = 2048
 # Of the tolerance, for what the norms alone rule out; the rest is for the bound by centroid and radius.
 _TAIL_SHARE = 0.5
+
+
+def exact_tolerance(dtype: torch.dtype) -> float:
+    """Share of a row's weights below which leaving keys out is lost in the rounding of `dtype`."""
+    return torch.finfo(dtype).eps / 8
+
+
+def left_out(share: Tensor, tolerance: float) -> Tensor:
+    """Bool like `share`: True where a block of keys is left out, the least first, while all of them fit the tolerance.
+
+    Args:
+        share: (..., key blocks), logarithms of upper bounds of the share of a row; infinity for what must be read.
+        tolerance: share of a row that everything left out may have together.
+    """
+    ordered, order = share.sort(dim=-1)
+    fits = ordered.exp().cumsum(dim=-1) <= tolerance
+    return torch.zeros_like(fits).scatter(-1, order, fits)
+
+
+def widest_window(kept: Tensor, behind: Tensor) -> int:
+    """Blocks of the widest window in front of the near keys of which at least half is kept; the largest over the rows.
+
+    Args:
+        kept: bool (..., key blocks).
+        behind: like `kept`, how many blocks a window must have to reach this one; falls by 1 with each.
+    """
+    return int((behind * (kept & (2 * kept.flip(-1).cumsum(-1).flip(-1) >= behind))).max())
 
 
 @dataclass(frozen=True)
@@ -130,8 +157,9 @@ def kept_blocks(
         bound = _by_block(bound, block).amax(dim=(0, 3)).T
         distance = offset + torch.arange(first, end)[:, None] * block - last[start:stop]
         share = bound - slope * distance + slack + min(series, math.log(block))
-        kept = _kept(share, far[first:end, None] - start, (1 - _TAIL_SHARE) * tolerance)
-        yield Kept(first, start, kept, far[first:end])
+        is_far = torch.arange(start, stop) < far[first:end, None]
+        out = left_out(share.masked_fill(~is_far, math.inf), (1 - _TAIL_SHARE) * tolerance)
+        yield Kept(first, start, is_far & ~out, far[first:end])
 
 
 def far_spans(groups: Iterable[Kept], queries: int, keys: int, block: int) -> list[Span]:
@@ -162,27 +190,12 @@ def _summaries(key: Tensor, short: int, block: int) -> tuple[Tensor, Tensor, Ten
     return torch.cat(centroids, dim=1), torch.cat(radii, dim=1), last
 
 
-def _kept(share: Tensor, far: Tensor, tolerance: float) -> Tensor:
-    """Bool like `share`: key blocks are left out, the least first, as long as their shares add up to the tolerance.
-
-    Args:
-        share: (query blocks, key blocks), logarithms of upper bounds.
-        far: (query blocks, 1), how many of the key blocks are far at all.
-        tolerance: share of a row.
-    """
-    is_far = torch.arange(share.shape[1]) < far
-    ordered, order = share.masked_fill(~is_far, math.inf).sort(dim=-1)
-    left_out = ordered.exp().cumsum(dim=-1) <= tolerance
-    return is_far & ~torch.zeros_like(left_out).scatter(-1, order, left_out)
-
-
 def _spans(group: Kept, rows: slice, block: int, offset: int) -> list[Span]:
     """The spans of one group, whose queries are `rows`; `offset` is the index of query 0's own key."""
     kept, far = group.blocks, group.far
     column = group.start + torch.arange(kept.shape[1])
     behind = far[:, None] - column
-    # A window may have gaps, but at least half of it is kept.
-    window = int((behind * (kept & (2 * kept.flip(-1).cumsum(-1).flip(-1) >= behind))).max())
+    window = widest_window(kept, behind)
     # A block that only some queries keep as a far one must not lie in the window of others.
     while bool((late := kept & (behind > window) & (column >= far[0] - window)).any()):
         window = int((behind * late).max())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .reach import Span
 
-__all__ = ["Reads", "record_reads", "report_reads"]
+__all__ = ["Reads", "record_reads", "recording", "report_reads"]
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,13 @@ def record_reads() -> Iterator[list[Reads]]:
         _open[:] = [other for other in _open if other is not reads]
 
 
+def recording() -> bool:
+    """Whether any record is open."""
+    return bool(_open)
+
+
 def report_reads(*, batch: int, heads: int, queries: int, keys: int, spans: Mapping[int, Sequence[Span]]) -> None:
     """Tell all open records; heads without spans read everything."""
-    if not _open:
-        return
     offset = keys - queries
     pairs, windows = [], []
     for head in range(heads):

@@ -19,8 +19,9 @@ from .dense import dense_attention
 from .factored import factored_attention
 from .head_slopes import HeadSlopes, head_slopes
 from .inputs import autocast, refuse_unsupported, visible_keys
+from .reach import exact_tolerance
 from .segments import Rest, Segment, segments_of
-from .windowed import exact_tolerance, windowed_attention
+from .windowed import windowed_attention
 
 __all__ = ["sdpa_alibi_attention"]
 
@@ -57,23 +58,35 @@ def sdpa_alibi_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     config: Any = module.config
     tolerance = exact_tolerance(query.dtype) if config.alibi_tolerance is None else config.alibi_tolerance
+    layer = lse = None
     if isinstance(key, CachedStates):
-        states = cast(CachedStates, value)
-        output = _cached(query, key, states, attention_mask, slopes=slopes, scaling=scaling, tolerance=tolerance)
+        layer, states = key.layer, cast(CachedStates, value)
+        # Half for what the cache has dropped, half for what is not read of the rest.
+        tolerance = tolerance / 2
+        if key.whole is not None and states.whole is not None:
+            key, value = key.whole, states.whole
+    # The kernels' inputs would be rounded after the bias has been made part of them.
+    if isinstance(key, CachedStates):
+        (query,) = autocast(query.device, query)
     else:
-        # The kernels' inputs would be rounded after the bias has been made part of them.
         query, key, value = autocast(query.device, query, key, cast(Tensor, value))
-        with torch.autocast(query.device.type, enabled=False):
+    with torch.autocast(query.device.type, enabled=False):
+        if isinstance(key, CachedStates):
+            seen = _seen_in_cache(attention_mask, query, key)
+            output, lse = attend_cached(query, key, states, seen, slopes=slopes, scaling=scaling, tolerance=tolerance)
+        else:
             output = _attend(
                 query,
                 key,
-                value,
+                cast(Tensor, value),
                 attention_mask,
                 slopes=slopes,
                 scaling=scaling,
                 dropout=dropout,
                 tolerance=tolerance,
             )
+        if layer is not None:
+            layer.observe(query, lse, slopes=slopes, scaling=scaling, default=tolerance)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -154,28 +167,11 @@ def _windowed(
     return output
 
 
-def _cached(
-    query: Tensor,
-    key: CachedStates,
-    value: CachedStates,
-    mask: Tensor | None,
-    *,
-    slopes: HeadSlopes,
-    scaling: float,
-    tolerance: float,
-) -> Tensor:
-    """Attention over an `AlibiCache`, which checks each query against what it has dropped."""
-    lse = None
-    if key.whole is not None and value.whole is not None:
-        output = _attend(
-            query, key.whole, value.whole, mask, slopes=slopes, scaling=scaling, dropout=0.0, tolerance=tolerance
-        )
-    else:
-        seen = None
-        if mask is not None:
-            seen, added = visible_keys(mask, query, key)
-            if added is not None:
-                raise ValueError("AlibiCache takes masks of padding only, got an additive mask")
-        output, lse = attend_cached(query, key, value, seen, slopes=slopes, scaling=scaling, tolerance=tolerance)
-    key.layer.observe(query, lse, slopes=slopes, scaling=scaling, default=tolerance)
-    return output
+def _seen_in_cache(mask: Tensor | None, query: Tensor, key: CachedStates) -> Tensor | None:
+    """Which of all tokens so far each query may see, None for all before it."""
+    if mask is None:
+        return None
+    seen, added = visible_keys(mask, query, key)
+    if added is not None:
+        raise ValueError("AlibiCache takes masks of padding only, got an additive mask")
+    return seen

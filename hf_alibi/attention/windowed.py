@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reach import Span, far_spans, kept_blocks
-from .reading import report_reads
+from .reach import Span, exact_tolerance, far_spans, kept_blocks
+from .reading import recording, report_reads
 from .segments import Segment
 
-__all__ = ["exact_tolerance", "windowed_attention"]
+__all__ = ["windowed_attention"]
 
 # PyTorch's fused kernel and its backward, which public functions give without log-sum-exp, and without a mask beside
 # `is_causal`.
@@ -34,11 +34,6 @@ _BLOCK_MIN, _BLOCK_MAX = 64, 512
 # Where the bias differs by less over the whole sequence, leaving out the few keys that could be would cost more calls
 # than it saves, and slope × position is small enough not to cost precision: one plain causal call serves the head.
 _FLAT_NATS = 96.0
-
-
-def exact_tolerance(dtype: torch.dtype) -> float:
-    """Share of a row's weights below which leaving keys out is lost in the rounding of `dtype`."""
-    return torch.finfo(dtype).eps / 8
 
 
 def windowed_attention(
@@ -165,6 +160,7 @@ def _forward(
         k, v = _for_run(key, run, groups), _for_run(value, run, groups)
         output[:, run], part_lse = _attend(query[:, run], k, v, 0.0, True, attn_mask=bias, scale=scaling)
         lse[:, run] = part_lse - bias[:, :, 0]
+    same = output.dtype == lse.dtype
     far: dict[int, list[Span]] = {}
     if others:
         query_norms = torch.linalg.vector_norm(query, dim=-1, dtype=lse.dtype).float()
@@ -172,7 +168,6 @@ def _forward(
     for head in others:
         slope, block = slopes[head], _block_size(slopes[head])
         q, k, v, row_lse = query[:, head], key[:, head // groups], value[:, head // groups], lse[:, head]
-        same = output.dtype == lse.dtype
         total = output[:, head] if same else torch.empty_like(output[:, head], dtype=lse.dtype)
         for part in _near_parts(slope, block, queries, keys, lse.dtype):
             near, near_lse = _call(part, q, k, v, scaling)
@@ -192,13 +187,9 @@ def _forward(
             _merge(total[:, part.span.queries], row_lse[:, part.span.queries], *_call(part, q, k, v, scaling))
         if not same:
             output[:, head] = total
-    report_reads(
-        batch=len(query),
-        heads=len(slopes),
-        queries=queries,
-        keys=keys,
-        spans={head: [*_near_spans(_block_size(slopes[head]), queries, keys), *far[head]] for head in others},
-    )
+    if recording():
+        spans = {head: [*_near_spans(_block_size(slopes[head]), queries, keys), *far[head]] for head in others}
+        report_reads(batch=len(query), heads=len(slopes), queries=queries, keys=keys, spans=spans)
     return far
 
 
