@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..bias import causal_rows
 
-__all__ = ["autocast", "refuse_unsupported", "visible_keys"]
+__all__ = ["autocast", "refuse_unsupported", "visible_keys", "visible_range"]
 
 # An additive entry at or under this is a mask: after softmax it leaves nothing in any floating-point type.
 _MASKED = -1e4
@@ -80,3 +80,18 @@ def visible_keys(attention_mask: Tensor | None, query: Tensor, key: HasShape) ->
     if not attention_mask.is_floating_point():
         raise ValueError(f"a 4D attention mask must be bool or floating point, got {attention_mask.dtype}")
     return attention_mask > _MASKED, attention_mask
+
+
+def visible_range(visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From which to which key each query sees, and how many, each int32 (..., queries).
+
+    Args:
+        visible: bool (..., queries, keys).
+
+    Where a query sees nothing, the first key is the number of keys and the last is -1.
+    """
+    keys = visible.shape[-1]
+    index = torch.arange(keys, dtype=torch.int32, device=visible.device)
+    first = torch.where(visible, index, keys).amin(dim=-1)
+    last = torch.where(visible, index, -1).amax(dim=-1)
+    return first, last, visible.sum(dim=-1, dtype=torch.int32)

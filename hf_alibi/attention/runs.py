@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 from torch.nn.functional import pad
 
-from .inputs import visible_keys
+from .inputs import visible_keys, visible_range
 
 __all__ = ["BLOCK", "Runs", "by_block", "runs_of", "visible_blocks"]
 
@@ -91,16 +91,8 @@ def runs_of(mask: BlockMask | Tensor | None, query: Tensor, key: Tensor) -> Runs
 
 
 def _look(visible: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What queries see, from bool (..., queries, keys).
-
-    Returns int32 (..., queries), the index of the first key that each sees, or at least the number of keys where there
-    is none; of the last one, or -1; and how many keys it sees; and (..., keys), how many queries see each key.
-    """
-    keys = visible.shape[-1]
-    index = torch.arange(keys, dtype=torch.int32, device=visible.device)
-    first = torch.where(visible, index, keys).amin(dim=-1)
-    last = torch.where(visible, index, -1).amax(dim=-1)
-    return first, last, visible.sum(dim=-1, dtype=torch.int32), visible.sum(dim=-2, dtype=torch.int32)
+    """`visible_range` of bool (..., queries, keys), and int32 (..., keys), how many queries see each key."""
+    return *visible_range(visible), visible.sum(dim=-2, dtype=torch.int32)
 
 
 def _look_into(mask: BlockMask, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .inputs import visible_range
+
 __all__ = ["Rest", "Segment", "segments_of"]
 
 # Entries of the mask that are looked at together.
@@ -67,12 +69,13 @@ def _find(allowed: Tensor) -> tuple[list[Segment], list[Rest]] | None:
     for index, rows in enumerate(allowed):
         # A single mask is that of all sequences.
         batch = slice(index, index + 1) if len(allowed) > 1 else slice(None)
-        first, last, whole = _ranges(rows)
-        nothing = last < first
+        parts = [visible_range(part) for part in rows.split(max(1, _ENTRIES // rows.shape[1]))]
+        first, last, seen = (torch.cat(values) for values in zip(*parts, strict=True))
         # A new segment starts where the first key changes, or the last is not the next one.
         row = torch.arange(queries)
         lag = last - row
-        kind = torch.where(nothing, 0, torch.where(whole, 1, 2))
+        # Nothing, a run of keys, something else.
+        kind = torch.where(seen == 0, 0, torch.where(last - first + 1 == seen, 1, 2))
         state = torch.stack([kind, torch.where(kind == 1, first, 0), torch.where(kind == 1, lag, 0)])
         _, counts = torch.unique_consecutive(state, dim=1, return_counts=True)
         begin = 0
@@ -88,21 +91,3 @@ def _find(allowed: Tensor) -> tuple[list[Segment], list[Rest]] | None:
                     rests.append(Rest(batch, run))
             begin += count
     return (segments, rests) if segments else None
-
-
-def _ranges(allowed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """First and last key that each query sees, and whether it sees all between; each (queries,).
-
-    Args:
-        allowed: bool (queries, keys).
-    """
-    keys = allowed.shape[1]
-    parts = []
-    for rows in allowed.split(max(1, _ENTRIES // keys)):
-        seen = rows.sum(dim=-1)
-        first = rows.int().argmax(dim=-1)
-        last = keys - 1 - rows.flip(-1).int().argmax(dim=-1)
-        last = torch.where(seen > 0, last, -1)
-        parts.append(torch.stack([torch.where(seen > 0, first, 0), last, last - first + 1 == seen]))
-    first, last, whole = torch.cat(parts, dim=1)
-    return first, last, whole.bool()
