@@ -1,27 +1,16 @@
 """Attention with Linear Biases (ALiBi) for Hugging Face models."""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
+from . import configuration, modeling
 from .attention.reading import Reads, record_reads
 from .bias import build_alibi_tensor
 from .cache import AlibiCache
-from .configuration import AlibiConfig, AlibiGPT2Config, AlibiLlamaConfig
+from .configuration import AlibiConfig
 from .errors import InputError, VerificationError
 from .evaluation import evaluate_extrapolation
 from .families import supported_families
-from .modeling import (
-    AlibiGPT2DoubleHeadsModel,
-    AlibiGPT2ForQuestionAnswering,
-    AlibiGPT2ForSequenceClassification,
-    AlibiGPT2ForTokenClassification,
-    AlibiGPT2LMHeadModel,
-    AlibiGPT2Model,
-    AlibiLlamaForCausalLM,
-    AlibiLlamaForQuestionAnswering,
-    AlibiLlamaForSequenceClassification,
-    AlibiLlamaForTokenClassification,
-    AlibiLlamaModel,
-)
 from .patching import apply_alibi
 from .registration import register
 from .slopes import alibi_slopes
@@ -30,19 +19,6 @@ from .verification import verify_alibi
 __all__ = [
     "AlibiCache",
     "AlibiConfig",
-    "AlibiGPT2Config",
-    "AlibiGPT2DoubleHeadsModel",
-    "AlibiGPT2ForQuestionAnswering",
-    "AlibiGPT2ForSequenceClassification",
-    "AlibiGPT2ForTokenClassification",
-    "AlibiGPT2LMHeadModel",
-    "AlibiGPT2Model",
-    "AlibiLlamaConfig",
-    "AlibiLlamaForCausalLM",
-    "AlibiLlamaForQuestionAnswering",
-    "AlibiLlamaForSequenceClassification",
-    "AlibiLlamaForTokenClassification",
-    "AlibiLlamaModel",
     "InputError",
     "Reads",
     "VerificationError",
@@ -61,3 +37,8 @@ except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
 register()
+
+
+def __getattr__(name: str) -> Any:
+    """`Alibi<class of transformers>`: the ALiBi form of any of its configs and models, made when first asked for."""
+    return getattr(configuration if name.endswith("Config") else modeling, name)

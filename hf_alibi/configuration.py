@@ -1,21 +1,43 @@
 """Configurations of ALiBi models: those of transformers plus the `alibi_*` fields."""
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
 
+import transformers
 from huggingface_hub.dataclasses import as_validated_field, strict
-from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from .slopes import check_scaling
 
-__all__ = ["CONFIG_CLASSES", "AlibiConfig", "AlibiGPT2Config", "AlibiLlamaConfig", "check_slopes"]
+__all__ = ["AlibiConfig", "Converted", "alibi_config", "check_slopes", "config_class", "text_config", "text_config_name"]
+
+# Parts of a composite config that hold the language model.
+_TEXT_CONFIGS = ("text_config", "decoder")
 
 
-def check_slopes(slopes: Any, num_heads: int) -> None:
-    """Raise ValueError unless `slopes` is None (the paper's) or `num_heads` finite numbers that are not negative."""
-    if slopes is not None and len(slopes) != num_heads:
-        raise ValueError(f"alibi_slopes has {len(slopes)} values, but the model has {num_heads} heads")
+def text_config_name(config: PreTrainedConfig | type[PreTrainedConfig]) -> str | None:
+    """Under which name a composite config, or a class of them, has the config of its language model; None if plain."""
+    return next((name for name in _TEXT_CONFIGS if name in config.sub_configs), None)
+
+
+def text_config(config: PreTrainedConfig) -> Any:
+    """The config of the language model in `config`, or `config` itself."""
+    name = text_config_name(config)
+    return config if name is None else getattr(config, name)
+
+
+def num_heads(config: Any) -> int:
+    """Heads of each self-attention layer of a text decoder."""
+    own = getattr(config, "decoder_attention_heads", None)
+    return int(config.num_attention_heads if own is None else own)
+
+
+def check_slopes(slopes: Any, heads: int) -> None:
+    """Raise ValueError unless `slopes` is None (the paper's) or `heads` finite numbers that are not negative."""
+    if slopes is not None and len(slopes) != heads:
+        raise ValueError(f"alibi_slopes has {len(slopes)} values, but the model has {heads} heads")
     _check_slope_values(slopes)
 
 
@@ -48,8 +70,24 @@ def _tolerance_field(value: float | None) -> None:
         raise ValueError(f"alibi_tolerance must be a share of a row's weights between 0 and 1, or null, got {value}")
 
 
-class AlibiConfig(PreTrainedConfig):
-    """The fields that ALiBi adds to a configuration.
+class Converted(PreTrainedConfig):
+    """What the config of every converted model shares."""
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a config of this type, or of the type that it converts while loading; refuse others."""
+        config, rest = super().get_config_dict(*args, **kwargs)
+        own = cls.model_type
+        found = config.get("model_type", own)
+        if found not in (own, own.removeprefix("alibi_")):
+            raise ValueError(
+                f"a checkpoint of model_type {found!r} cannot be loaded as {own!r}; load it with AutoModel"
+            )
+        return {**config, "model_type": own}, rest
+
+
+class AlibiConfig(Converted):
+    """The fields that ALiBi adds to the config of a language model.
 
     Args:
         alibi_slopes: one number a head, logits per token of distance; None for the paper's geometric slopes.
@@ -69,42 +107,78 @@ class AlibiConfig(PreTrainedConfig):
 
     def validate_alibi(self) -> None:
         """Raise ValueError where fields do not fit together (run by `strict` when the config is made)."""
-        check_slopes(self.alibi_slopes, self.num_attention_heads)
+        check_slopes(self.alibi_slopes, num_heads(self))
         scaling: Mapping[str, Any] = self.alibi_scaling or {}
         if scaling.get("type") == "dynamic" and self.alibi_train_length is None:
             raise ValueError("alibi_scaling of type 'dynamic' needs alibi_train_length, the tokens trained on")
         if not getattr(self, "is_causal", True):
             raise ValueError("ALiBi is for causal attention, but the config says is_causal=False")
 
-    @classmethod
-    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read a config of this type, or of the type that it converts while loading; refuse others."""
-        config, rest = super().get_config_dict(*args, **kwargs)
-        own = getattr(cls, "model_type", "")
-        found = config.get("model_type", own)
-        if found not in (own, own.removeprefix("alibi_")):
-            raise ValueError(
-                f"a checkpoint of model_type {found!r} cannot be loaded as {own!r}; load it with AutoModel"
-            )
-        return {**config, "model_type": own}, rest
+
+class AlibiCompositeConfig(Converted):
+    """A config of several models, of which the language model has ALiBi: the `alibi_*` fields are in its config."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Make the parts, as transformers does, and the language model's an ALiBi config."""
+        super().__post_init__(**kwargs)
+        name = text_config_name(self)
+        if name is not None and not isinstance(text_config(self), Converted):
+            setattr(self, name, alibi_config(text_config(self)))
+
+    def validate_alibi(self) -> None:
+        """As that of the language model."""
+        text_config(self).validate_alibi()
 
 
-@strict
-class AlibiGPT2Config(GPT2Config, AlibiConfig):
-    """GPT-2 with ALiBi in place of its table of positions; see `GPT2Config` and `AlibiConfig` for the fields."""
+def alibi_config(stock: PreTrainedConfig, slopes: list[float] | None = None) -> Any:
+    """The ALiBi form of a config: a copy with every value, private ones too, of another class.
 
-    model_type = "alibi_gpt2"
+    Raises ValueError for a class that is not one of transformers' own, or fields that do not fit together.
+    """
+    config: Any = copy.deepcopy(stock)
+    config.__class__ = config_class(type(stock))
+    # A config that was read from a file carries its model type itself, which would hide that of the class.
+    vars(config).pop("model_type", None)
+    name = text_config_name(config)
+    if name is not None:
+        setattr(config, name, alibi_config(getattr(config, name), slopes))
+    else:
+        for field in _FIELDS:
+            # The part of a composite config that was read from a file brings these fields along.
+            setattr(config, field, vars(config).get(field))
+        if slopes is not None:
+            config.alibi_slopes = slopes
+    config.validate_alibi()
+    return config
 
 
-@strict
-class AlibiLlamaConfig(LlamaConfig, AlibiConfig):
-    """LLaMA with ALiBi in place of rotary positions; see `LlamaConfig` and `AlibiConfig` for the fields."""
-
-    model_type = "alibi_llama"
+_FIELDS = tuple(AlibiConfig.__annotations__)
 
 
-CONFIG_CLASSES: dict[type[PreTrainedConfig], type[AlibiConfig]] = {
-    GPT2Config: AlibiGPT2Config,
-    LlamaConfig: AlibiLlamaConfig,
-}
-"""From a configuration class of transformers to its ALiBi form."""
+def config_class(stock: type[PreTrainedConfig]) -> type[Converted]:
+    """The ALiBi form of a config class of transformers. Raises ValueError for any other class."""
+    if getattr(transformers, stock.__name__, None) is not stock:
+        raise ValueError(f"no ALiBi form of {stock.__module__}.{stock.__name__}: it is no config of transformers' own")
+    made: type[Converted] = __getattr__(f"Alibi{stock.__name__}")
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    """`Alibi<name of a config of transformers>`, made when it is first asked for; so it can be pickled by its name."""
+    if name in globals():
+        return globals()[name]
+    stock: Any = getattr(transformers, name.removeprefix("Alibi"), None) if name.startswith("Alibi") else None
+    if not (isinstance(stock, type) and issubclass(stock, PreTrainedConfig)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    added = AlibiConfig if text_config_name(stock) is None else AlibiCompositeConfig
+    made = type(
+        name,
+        (stock, added) if added is AlibiConfig else (added, stock),
+        {
+            "__module__": __name__,
+            "__doc__": f"`{stock.__name__}` of a model with ALiBi; see `{added.__name__}` for what that adds.",
+            "model_type": f"alibi_{stock.model_type}",
+        },
+    )
+    globals()[name] = strict(made)
+    return globals()[name]

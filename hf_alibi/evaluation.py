@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from . import memory
+from .anatomy import position_limit
 from .errors import InputError
-from .families import position_limit
 from .memory import check_memory
 from .modes import evaluation_mode
 from .windows import (

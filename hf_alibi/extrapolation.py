@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from .anatomy import has_no_positions, is_alibi, position_limit
 from .data import DataArguments, count_bytes, load_tokenizer, load_tokens
 from .errors import InputError
 from .evaluation import Extrapolation, evaluate_extrapolation
-from .families import has_no_positions, is_alibi, position_limit
 from .memory import check_memory
 from .plots import loss_by_position, perplexity_by_length, require_matplotlib
 from .report import protocol_title, table_rows, write_report

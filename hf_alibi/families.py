@@ -1,90 +1,129 @@
-"""The model families that ALiBi converts, as data."""
+"""The model families that ALiBi converts, and why others are refused: data.
+
+How a family is converted is read off the model itself (`anatomy.py`), so a row is only the promise that it was tested.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from textwrap import fill, indent
+from typing import Any
 
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+__all__ = ["FamilyTable", "is_listed", "refusal", "supported_families"]
 
-__all__ = [
-    "FAMILIES",
-    "ModelFamily",
-    "family_of",
-    "has_no_positions",
-    "is_alibi",
-    "position_limit",
-    "self_attentions",
-    "supported_families",
-]
+# By what `apply_alibi` takes out of the self-attention of the model type.
+_POSITIONS = {
+    "rotary positions": """
+        afmoe apertus arcee aria_text axk1 bailing_hybrid bamba beam bitnet codegen cohere cohere2 cohere2_moe
+        cohere_compass_text cwm dbrx deepseek_v2 deepseek_v3 diffllama doge dots1 emu3 ernie4_5 ernie4_5_moe exaone4
+        exaone_moe falcon falcon_h1 flex_olmo flint fuyu gemma gemma2 gemma3 gemma3_text gemma3n_text gemma4
+        gemma4_text gemma4_unified gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite got_ocr2 gpt_neox
+        gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe granitemoe_swa granitemoeshared helium hrm_text
+        hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax jais2 jetmoe kolibri1 laguna lfm2 lfm2_moe lfm3 llama llama4
+        llama4_text longcat_flash mellum mimo_v2_flash minicpm3 minimax minimax_m2 ministral ministral3 mistral mixtral
+        mllama modernbert-decoder moshi moss_transcribe_diarize nanochat nemotron olmo olmo2 olmo3 olmo_hybrid olmoe
+        persimmon phi phi3 phi4_multimodal phimoe qwen2 qwen2_moe qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text
+        qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma youtu zaya
+    """,
+    "a table of positions": """
+        bart bert bert-generation biogpt blenderbot blenderbot-small camembert data2vec-text electra ernie gpt2
+        gpt_bigcode gpt_neo marian mbart musicgen musicgen_melody opt pegasus plbart roberta roberta-prelayernorm
+        roc_bert whisper xlm-roberta xlm-roberta-xl xmod
+    """,
+    "nothing: order comes from recurrent layers beside it": """
+        granitemoehybrid jamba kimi_linear nemotron_h zamba zamba2
+    """,
+}
 
-
-@dataclass(frozen=True)
-class ModelFamily:
-    """Where a family keeps its positions and its self-attention."""
-
-    model_type: str
-    """`config.model_type` of the unconverted model."""
-    positions: str
-    """Module of the base model that makes positions."""
-    kind: Literal["learned", "rotary"]
-    """A table that is added to the embeddings, or rotations of queries and keys."""
-    attention: str
-    """Class name of the self-attention layers."""
-
-
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        ModelFamily("gpt2", positions="wpe", kind="learned", attention="GPT2Attention"),
-        ModelFamily("llama", positions="rotary_emb", kind="rotary", attention="LlamaAttention"),
-    )
+_OWN_BIAS = "its attention has a bias by distance already"
+_SPARSE = "sparse index attention: which keys a query sees is chosen by a score that no bias reaches"
+_OWN_CODE = "its attention is code of its own, which takes no attention function"
+_REFUSED = {
+    model_type: reason
+    for reason, model_types in {
+        _OWN_BIAS: "bloom inkling2_text inkling_text mpt",
+        _SPARSE: """
+            axk2 deepseek_v32 deepseek_v4 dots3_note dots3_note_text glm_moe_dsa hy_v4 minimax_m3_vl_text qwen4_exp
+            qwen4_exp_text
+        """,
+        "no attention: it is a recurrence": "falcon_mamba mamba mamba2 rwkv xlstm",
+        "its recurrence starts anew by position ids, which order its text beside any bias": "recurrent_gemma",
+        _OWN_CODE: """
+            big_bird cpmant git megatron-bert mvp openai-gpt prophetnet reformer rembert roformer trocr xglm xlm xlnet
+        """,
+        "its layers do not tell self-attention from cross-attention": "bigbird_pegasus",
+        "it makes its sinusoids in its own forward": "ctrl",
+        "it reads bytes in patches, with positions in several models": "blt",
+        "it drafts from the keys and values of another model": "gemma4_assistant gemma4_unified_assistant",
+        "its vision tower needs a package that no test has run with": "gemma3n",
+    }.items()
+    for model_type in model_types.split()
 }
 
 
-def supported_families() -> tuple[str, ...]:
-    """Model types that `apply_alibi` converts.
+def refusal(config: Any) -> str | None:
+    """Why a model of this config is not converted; None where nothing speaks against it."""
+    if config.model_type == "falcon" and config.alibi:
+        return _OWN_BIAS
+    return _REFUSED.get(str(config.model_type))
 
-    >>> supported_families()
-    ('gpt2', 'llama')
+
+@dataclass(frozen=True, repr=False)
+class FamilyTable:
+    """Which model types `apply_alibi` converts, which it refuses, and why. Iterates over those that it converts."""
+
+    supported: dict[str, str]
+    """From model type to what ALiBi takes the place of."""
+    refused: dict[str, str]
+    """From model type to the reason."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.supported)
+
+    def __len__(self) -> int:
+        return len(self.supported)
+
+    def __contains__(self, model_type: object) -> bool:
+        return model_type in self.supported
+
+    def __repr__(self) -> str:
+        lines = [f"{len(self)} model types are converted; ALiBi takes the place of"]
+        lines += _grouped(self.supported)
+        lines += [f"{len(self.refused)} are refused:", *_grouped(self.refused)]
+        lines += ["Any other is converted if verify_alibi accepts it."]
+        return "\n".join(lines)
+
+    def markdown(self) -> str:
+        """The table of the README."""
+        rows = [f"| {what} | {_names(self.supported, what, '`')} |" for what in dict.fromkeys(self.supported.values())]
+        rows += [f"| refused: {why} | {_names(self.refused, why, '`')} |" for why in dict.fromkeys(self.refused.values())]
+        return "\n".join(["| ALiBi takes the place of | model types |", "| --- | --- |", *rows])
+
+
+def supported_families() -> FamilyTable:
+    """The table of model types; print it to read it.
+
+    >>> "qwen3" in supported_families()
+    True
+    >>> supported_families().refused["mamba"]
+    'no attention: it is a recurrence'
     """
-    return tuple(FAMILIES)
+    kinds = [(name, what) for what, names in _POSITIONS.items() for name in names.split()]
+    return FamilyTable(dict(sorted(kinds)), dict(sorted(_REFUSED.items())))
 
 
-def is_alibi(config: PreTrainedConfig) -> bool:
-    """Whether `config` is of a converted model."""
-    return str(config.model_type).startswith("alibi_")
+def is_listed(model_type: str) -> bool:
+    """Whether a model type was tested, so that an instance need not be."""
+    return any(model_type in names.split() for names in _POSITIONS.values())
 
 
-def has_no_positions(config: PreTrainedConfig) -> bool:
-    """Whether `config` is of a converted model whose slopes are all 0, which leaves it without any positions."""
-    return is_alibi(config) and config.alibi_slopes is not None and not any(config.alibi_slopes)
+def _names(rows: dict[str, str], what: str, quote: str = "") -> str:
+    return ", ".join(f"{quote}{name}{quote}" for name, value in rows.items() if value == what)
 
 
-def family_of(config: PreTrainedConfig) -> ModelFamily:
-    """The family of a model, converted or not. Raises ValueError, with what is supported, where there is none."""
-    model_type = str(config.model_type).removeprefix("alibi_")
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"no ALiBi family for model_type {model_type!r}; supported: {', '.join(FAMILIES)}; "
-            "see hf_alibi.supported_families()"
-        )
-    return FAMILIES[model_type]
-
-
-def self_attentions(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of each self-attention layer, in order; cross-attention is left out."""
-    attention = family_of(model.config).attention
-    for name, module in model.named_modules():
-        if type(module).__name__ == attention and not getattr(module, "is_cross_attention", False):
-            yield name, module
-
-
-def position_limit(model: PreTrainedModel) -> int | None:
-    """Tokens that the model can read at most: the rows of its learned positions; None where nothing limits it."""
-    if str(model.config.model_type).removeprefix("alibi_") not in FAMILIES:
-        return None
-    positions = getattr(model.base_model, family_of(model.config).positions)
-    return positions.num_embeddings if isinstance(positions, nn.Embedding) else None
+def _grouped(rows: dict[str, str]) -> list[str]:
+    lines = []
+    for what in dict.fromkeys(rows.values()):
+        lines += [f"  {what}:", indent(fill(_names(rows, what), width=106, break_on_hyphens=False), "    ")]
+    return lines

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from .anatomy import position_modules, self_attentions, text_decoder
 from .attention import alibi_name
-from .families import family_of, self_attentions
+from .configuration import Converted, text_config
+from .own_attention import convert_own_attention
 from .positions import NoPositions, NoRotation
 
-__all__ = ["LayerConfig", "install_alibi"]
+__all__ = ["LayerConfig", "install_alibi", "undone_on_error"]
 
 
 class LayerConfig:
-    """A self-attention layer's view of the model's config, whose attention implementation is the ALiBi form.
+    """A self-attention layer's view of its config, whose attention implementation is the ALiBi form.
 
-    Everything else is read from, and set on, the config itself. So mask builders, `generate` and every other part of
-    transformers see the standard name, and switching it later still gives ALiBi, or an error where a name has no
-    ALiBi form.
+    The `alibi_*` fields are read from the config of the whole language model, everything else is read from, and set
+    on, the layer's own (some decoders have a copy). So mask builders, `generate` and every other part of transformers
+    see the standard name, and switching it later still gives ALiBi, or an error where a name has no ALiBi form.
     """
 
-    def __init__(self, config: Any) -> None:
-        self.__dict__["_config"] = config
+    def __init__(self, config: Any, alibi: Any) -> None:
+        self.__dict__.update(_config=config, _alibi=alibi)
 
     @property
     def _attn_implementation(self) -> str:
@@ -36,47 +39,76 @@ class LayerConfig:
         # Python asks for special methods when it copies and pickles; the config's must not answer for the view.
         if name.startswith("__") or "_config" not in self.__dict__:
             raise AttributeError(name)
-        return getattr(self.__dict__["_config"], name)
+        return getattr(self.__dict__["_alibi" if name.startswith("alibi_") else "_config"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.__dict__["_config"], name, value)
+        setattr(self.__dict__["_alibi" if name.startswith("alibi_") else "_config"], name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 
 
-def install_alibi(model: PreTrainedModel, classes: Mapping[type[PreTrainedModel], type[PreTrainedModel]]) -> None:
+def install_alibi(
+    model: PreTrainedModel, model_class: Callable[[type[PreTrainedModel]], type[PreTrainedModel] | None]
+) -> None:
     """Turn `model`, whose config is already the ALiBi one, and the models inside it into their ALiBi form, in place.
 
     Args:
         model: freshly built, or unconverted with its config replaced.
-        classes: the ALiBi class of each class of transformers.
+        model_class: gives the ALiBi form of a class of transformers, None where there is none.
 
     Installing twice changes nothing, so a model may be built of parts that did it already.
     """
     for part in model.modules():
-        if type(part) in classes:
-            part.__class__ = classes[type(part)]
+        if not (isinstance(part, PreTrainedModel) and isinstance(part.config, Converted)):
+            continue
+        made = model_class(type(part))
+        if made is not None:
+            part.__class__ = made
             # transformers looks up what to record for output_attentions and output_hidden_states by class.
             _CAN_RECORD_REGISTRY[part] = part._can_record_outputs
-        if isinstance(part, PreTrainedModel) and part.loss_type is None:
+        if part.loss_type is None:
             # What transformers falls back to, but with a warning on the way that torch.compile cannot trace.
             part.loss_type = "ForCausalLM"
-    family = family_of(model.config)
-    base = model.base_model
-    positions = getattr(base, family.positions)
-    if not isinstance(positions, (NoPositions, NoRotation)):
-        setattr(base, family.positions, _without_positions(family.kind, positions))
-    # A plain checkpoint brings its table along; that it is not loaded is the point.
-    ignored = {rf"(^|\.){re.escape(family.positions)}\."}
+    ignored = set()
+    for parent, name, positions in list(position_modules(model)):
+        if isinstance(positions, (NoPositions, NoRotation)):
+            continue
+        rotary = any(buffer.endswith("inv_freq") for buffer, _ in positions.named_buffers())
+        setattr(parent, name, NoRotation(positions) if rotary else NoPositions())
+        # Tables of token types that are cut to the length; without them transformers makes one that fits.
+        parent._buffers.pop("token_type_ids", None)
+    for _, name, positions in position_modules(model):
+        if isinstance(positions, NoPositions):
+            # A plain checkpoint brings its table along; that it is not loaded is the point.
+            ignored.add(rf"(^|\.){re.escape(name)}\.")
     model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
+    alibi = text_config(model.config)
+    own = getattr(text_decoder(model), "config", alibi)
     for _, attention in self_attentions(model):
-        # Past the types of torch: a config is no tensor and no module.
-        attention.__dict__["config"] = LayerConfig(model.config)
+        convert_own_attention(attention)
+        config = vars(attention).get("config", own)
+        if not isinstance(config, LayerConfig):
+            # Past the types of torch: a config is no tensor and no module.
+            attention.__dict__["config"] = LayerConfig(config, alibi)
 
 
-def _without_positions(kind: str, positions: nn.Module) -> nn.Module:
-    if kind == "learned":
-        return NoPositions()
-    inv_freq: Any = positions.inv_freq
-    return NoRotation(2 * inv_freq.shape[-1])
+@contextmanager
+def undone_on_error(model: PreTrainedModel) -> Iterator[None]:
+    """Where the body raises, every module of `model` gets its class, attributes and parts back."""
+    before = [(module, type(module), _attributes(module)) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, module_class, attributes in before:
+            module.__class__ = module_class
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            if isinstance(module, PreTrainedModel):
+                _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
+        raise
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module, with the dicts in which torch keeps parts and parameters copied."""
+    return {key: dict(value) if type(value) is dict else value for key, value in vars(module).items()}

@@ -22,13 +22,13 @@ from transformers import (
     StaticCache,
 )
 
+from .anatomy import is_alibi, self_attentions
 from .attention import BACKENDS, alibi_name, register_backends
 from .attention.reading import record_reads
 from .cache import AlibiCache
 from .data import PYTHON_DOCS, DataArguments, load_tokenizer, load_tokens
 from .errors import InputError
 from .evaluation import window_losses
-from .families import is_alibi, self_attentions
 from .memory import peak_bytes
 from .patching import apply_alibi
 from .settings import one_line

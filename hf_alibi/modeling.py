@@ -1,43 +1,29 @@
 """ALiBi model classes: those of transformers, converted as they are built."""
 
+from __future__ import annotations
+
 from typing import Any
 
+import transformers
 from transformers import PreTrainedModel
-from transformers.models.gpt2 import modeling_gpt2 as gpt2
-from transformers.models.llama import modeling_llama as llama
 
+from . import configuration
 from .attention import check_backend
-from .configuration import AlibiConfig, AlibiGPT2Config, AlibiLlamaConfig
+from .configuration import Converted
 from .installation import install_alibi
 
-__all__ = [
-    "MODEL_CLASSES",
-    "AlibiGPT2DoubleHeadsModel",
-    "AlibiGPT2ForQuestionAnswering",
-    "AlibiGPT2ForSequenceClassification",
-    "AlibiGPT2ForTokenClassification",
-    "AlibiGPT2LMHeadModel",
-    "AlibiGPT2Model",
-    "AlibiLlamaForCausalLM",
-    "AlibiLlamaForQuestionAnswering",
-    "AlibiLlamaForSequenceClassification",
-    "AlibiLlamaForTokenClassification",
-    "AlibiLlamaModel",
-    "AlibiModel",
-]
+__all__ = ["AlibiModel", "model_class"]
 
 
 class AlibiModel:
     """What every ALiBi model class shares; it stands before the class of transformers that it converts."""
 
-    config: AlibiConfig
-    _supports_flash_attn = True
-    _supports_flex_attn = True
+    config: Converted
     # Engines that ask this put their own attention in place of the model's, and the bias would be lost.
     _supports_attention_backend = False
 
-    def __init__(self, config: AlibiConfig, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(config, AlibiConfig):
+    def __init__(self, config: Converted, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(config, Converted):
             raise TypeError(
                 f"{type(self).__name__} needs an ALiBi config, got {type(config).__name__}; "
                 "to convert a model that is built already, use hf_alibi.apply_alibi(model)"
@@ -53,7 +39,7 @@ class AlibiModel:
         finally:
             if flex:
                 config._attn_implementation = "flex_attention"
-        install_alibi(self, MODEL_CLASSES)
+        install_alibi(self, model_class)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As any model's. Raises ValueError where the empty end of a static cache would be taken for tokens."""
@@ -90,73 +76,30 @@ class AlibiModel:
         return name
 
 
-class AlibiGPT2Model(AlibiModel, gpt2.GPT2Model):
-    """`GPT2Model` with ALiBi."""
-
-    config: AlibiGPT2Config
-
-
-class AlibiGPT2LMHeadModel(AlibiModel, gpt2.GPT2LMHeadModel):
-    """`GPT2LMHeadModel` with ALiBi; `from_pretrained` of a plain GPT-2 checkpoint converts it."""
-
-    config: AlibiGPT2Config
+def model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel] | None:
+    """The ALiBi form of a model class of transformers; None for any other class, and for what is inside models only."""
+    if getattr(transformers, stock.__name__, None) is not stock:
+        return None
+    made: type[PreTrainedModel] = __getattr__(f"Alibi{stock.__name__}")
+    return made
 
 
-class AlibiGPT2DoubleHeadsModel(AlibiModel, gpt2.GPT2DoubleHeadsModel):
-    """`GPT2DoubleHeadsModel` with ALiBi."""
-
-    config: AlibiGPT2Config
-
-
-class AlibiGPT2ForSequenceClassification(AlibiModel, gpt2.GPT2ForSequenceClassification):
-    """`GPT2ForSequenceClassification` with ALiBi."""
-
-    config: AlibiGPT2Config
-
-
-class AlibiGPT2ForTokenClassification(AlibiModel, gpt2.GPT2ForTokenClassification):
-    """`GPT2ForTokenClassification` with ALiBi."""
-
-    config: AlibiGPT2Config
-
-
-class AlibiGPT2ForQuestionAnswering(AlibiModel, gpt2.GPT2ForQuestionAnswering):
-    """`GPT2ForQuestionAnswering` with ALiBi."""
-
-    config: AlibiGPT2Config
-
-
-class AlibiLlamaModel(AlibiModel, llama.LlamaModel):
-    """`LlamaModel` with ALiBi."""
-
-    config: AlibiLlamaConfig
-
-
-class AlibiLlamaForCausalLM(AlibiModel, llama.LlamaForCausalLM):
-    """`LlamaForCausalLM` with ALiBi; `from_pretrained` of a plain LLaMA checkpoint converts it."""
-
-    config: AlibiLlamaConfig
-
-
-class AlibiLlamaForSequenceClassification(AlibiModel, llama.LlamaForSequenceClassification):
-    """`LlamaForSequenceClassification` with ALiBi."""
-
-    config: AlibiLlamaConfig
-
-
-class AlibiLlamaForTokenClassification(AlibiModel, llama.LlamaForTokenClassification):
-    """`LlamaForTokenClassification` with ALiBi."""
-
-    config: AlibiLlamaConfig
-
-
-class AlibiLlamaForQuestionAnswering(AlibiModel, llama.LlamaForQuestionAnswering):
-    """`LlamaForQuestionAnswering` with ALiBi."""
-
-    config: AlibiLlamaConfig
-
-
-MODEL_CLASSES: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
-    alibi_class.__mro__[2]: alibi_class for alibi_class in AlibiModel.__subclasses__()
-}
-"""From a model class of transformers to its ALiBi form."""
+def __getattr__(name: str) -> Any:
+    """`Alibi<name of a model of transformers>`, made when it is first asked for; so it can be pickled by its name."""
+    if name in globals():
+        return globals()[name]
+    stock: Any = getattr(transformers, name.removeprefix("Alibi"), None) if name.startswith("Alibi") else None
+    if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    members: dict[str, Any] = {
+        "__module__": __name__,
+        "__doc__": f"`{stock.__name__}` with ALiBi; `from_pretrained` of a plain checkpoint converts it.",
+    }
+    if stock.config_class is not None:
+        config = configuration.config_class(stock.config_class)
+        members.update(config_class=config, __annotations__={"config": config})
+    if stock.__name__.startswith("GPT2"):
+        # transformers does not offer what GPT-2's self-attention can do.
+        members.update(_supports_flex_attn=True)
+    globals()[name] = type(name, (AlibiModel, stock), members)
+    return globals()[name]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from .anatomy import is_alibi, self_attentions
 from .attention import check_backend
-from .configuration import CONFIG_CLASSES, AlibiConfig, check_slopes
-from .families import family_of, is_alibi
-from .installation import install_alibi
-from .modeling import MODEL_CLASSES
+from .configuration import alibi_config, check_slopes, num_heads, text_config
+from .families import is_listed, refusal
+from .installation import install_alibi, undone_on_error
+from .modeling import model_class
+from .verification import verify_alibi
 
 __all__ = ["apply_alibi"]
 
@@ -41,35 +42,51 @@ def apply_alibi(model: Model, *, slopes: Sequence[float] | None = None) -> Model
             f"apply_alibi takes a transformers PreTrainedModel, got {type(model).__name__}; "
             "wrappers such as PEFT's or torch.compile's come after it"
         )
-    config = _alibi_config(model, None if slopes is None else [float(slope) for slope in slopes])
-    stock = model.config
-    for module in model.modules():
-        if getattr(module, "config", None) is stock:
-            module.config = config
-    install_alibi(model, MODEL_CLASSES)
+    _check(model)
+    stock: Any = model.config
+    given = None if slopes is None else [float(slope) for slope in slopes]
+    check_slopes(given, num_heads(text_config(stock)))
+    config = alibi_config(stock, given)
+    with undone_on_error(model):
+        _replace_configs(model, {id(stock): config, id(text_config(stock)): text_config(config)})
+        install_alibi(model, model_class)
+        if not is_listed(text_config(stock).model_type):
+            _prove(model, stock.model_type)
     return model
 
 
-def _alibi_config(model: PreTrainedModel, slopes: list[float] | None) -> AlibiConfig:
-    """The ALiBi form of the model's config, after every check that could fail."""
+def _replace_configs(model: PreTrainedModel, replaced: dict[int, PreTrainedConfig]) -> None:
+    """Put a config in the place of each that is there by its `id`, wherever a module holds it."""
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig) and id(value) in replaced:
+                vars(module)[key] = replaced[id(value)]
+
+
+def _prove(model: PreTrainedModel, model_type: str) -> None:
+    """Raise ValueError where a model of a type that was never tested does not verify."""
+    try:
+        verify_alibi(model)
+    except Exception as error:
+        raise ValueError(
+            f"no ALiBi for model_type {model_type!r}: it is not in hf_alibi.supported_families(), and was tried: {error}"
+        ) from error
+
+
+def _check(model: PreTrainedModel) -> None:
+    """Every check that can be made before anything is changed."""
     stock: Any = model.config
     if is_alibi(stock):
         raise ValueError(f"{type(model).__name__} already has ALiBi; change config.alibi_slopes to change its slopes")
-    family_of(stock)
-    if type(model) not in MODEL_CLASSES or type(stock) not in CONFIG_CLASSES:
-        known = ", ".join(sorted(known.__name__ for known in MODEL_CLASSES))
+    reason = refusal(text_config(stock)) or refusal(stock)
+    if reason is not None:
         raise ValueError(
-            f"no ALiBi form of {type(model).__name__} with {type(stock).__name__}; there is one of {known}"
+            f"no ALiBi for model_type {stock.model_type!r}: {reason}; see hf_alibi.supported_families()"
         )
-    check_backend(stock._attn_implementation)
-    check_slopes(slopes, stock.num_attention_heads)
-    # Of another class but with every value, private ones too, of the original, which stays as it was.
-    config: Any = copy.deepcopy(stock)
-    config.__class__ = CONFIG_CLASSES[type(stock)]
-    # A config that was read from a file carries its model type itself, which would hide that of the class.
-    vars(config).pop("model_type", None)
-    config.alibi_slopes = slopes
-    config.alibi_train_length = config.alibi_scaling = config.alibi_tolerance = None
-    config.validate_alibi()
-    alibi_config: AlibiConfig = config
-    return alibi_config
+    if model_class(type(model)) is None:
+        raise ValueError(
+            f"no ALiBi form of {type(model).__module__}.{type(model).__name__}: it is no class of transformers' own"
+        )
+    if not list(self_attentions(model)):
+        raise ValueError(f"{type(model).__name__} has no causal self-attention that ALiBi could be added to")
+    check_backend(text_config(stock)._attn_implementation)

@@ -24,6 +24,7 @@ from transformers import (
     set_seed,
 )
 
+from .anatomy import has_no_positions, is_alibi, position_limit
 from .checkpoints import STATE_FILE, is_complete, last_complete_checkpoint
 from .data import (
     DataArguments,
@@ -35,7 +36,6 @@ from .data import (
     pack_blocks,
 )
 from .errors import InputError
-from .families import has_no_positions, is_alibi, position_limit
 from .model_card import model_card
 from .patching import apply_alibi
 from .results import check_output_dir, environment, replacing

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from .anatomy import is_alibi, self_attentions, text_decoder
 from .attention import BACKENDS, alibi_name, register_backends
 from .attention.head_slopes import head_slopes
+from .attention.inputs import visible_keys
 from .errors import VerificationError
-from .families import is_alibi, self_attentions
 from .modes import evaluation_mode
 
 __all__ = ["LayerReport", "verify_alibi"]
@@ -43,8 +44,11 @@ class _Call:
     query: Tensor
     key: Tensor
     value: Tensor
+    mask: Any
     output: Tensor
     scaling: float
+    softcap: float | None
+    sinks: Tensor | None
 
 
 def verify_alibi(model: PreTrainedModel) -> list[LayerReport]:
@@ -90,12 +94,13 @@ def _recorded_calls() -> Iterator[dict[nn.Module, _Call]]:
 
     def recording(attention: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[Tensor, Any]]:
         def record(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
         ) -> tuple[Tensor, Any]:
-            output, weights = attention(module, query, key, value, *args, **kwargs)
+            output, weights = attention(module, query, key, value, mask, **kwargs)
             scaling = kwargs.get("scaling")
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-            calls[module] = _Call(query, key, value, output, scaling)
+            special = kwargs.get("softcap"), kwargs.get("s_aux")
+            calls[module] = _Call(query, key, value, mask, output, scaling, *special)
             return output, weights
 
         return record
@@ -109,11 +114,12 @@ def _recorded_calls() -> Iterator[dict[nn.Module, _Call]]:
 
 
 def _hidden_states(model: PreTrainedModel, mask: Tensor, **kwargs: Any) -> Tensor:
-    embeddings: Any = model.get_input_embeddings()
+    decoder: Any = text_decoder(model)
     # Of its own generator, so that the user's random state is not moved.
     generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(embeddings.num_embeddings, mask.shape, generator=generator).to(mask.device)
-    output: Any = model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False, **kwargs)
+    vocabulary = decoder.get_input_embeddings().num_embeddings
+    input_ids = torch.randint(vocabulary, mask.shape, generator=generator).to(mask.device)
+    output = decoder(input_ids=input_ids, attention_mask=mask, use_cache=False, **kwargs)
     hidden_states: Tensor = output.last_hidden_state
     return hidden_states
 
@@ -126,16 +132,27 @@ def _expected_slopes(layer: nn.Module, heads: int, context: Tensor) -> Tensor:
 def _compare(name: str, layer: nn.Module, call: _Call, mask: Tensor) -> float:
     """The layer's largest error against dense float64 attention; raises where it is more than rounding."""
     query, key, value = call.query.double(), call.key.double(), call.value.double()
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], dim=1) for states in (key, value))
     position = mask.cumsum(dim=-1)
     distance = (position[:, :, None] - position[:, None, :])[:, None].double()
     slopes = _expected_slopes(layer, query.shape[1], position[:, None])
-    logits = query @ key.transpose(-1, -2) * call.scaling - slopes * distance
+    logits = query @ key.transpose(-1, -2) * call.scaling
+    if call.softcap is not None:
+        logits = call.softcap * torch.tanh(logits / call.softcap)
+    logits = logits - slopes * distance
     hidden = ~(torch.ones_like(distance, dtype=torch.bool).tril() & mask.bool()[:, None, None, :])
+    if isinstance(call.mask, Tensor) and call.mask.ndim == 4:
+        # The family's own part of the mask, such as a window.
+        allowed, added = visible_keys(call.mask, query, key)
+        hidden = hidden | ~allowed
+        logits = logits if added is None else logits + added.double().masked_fill(hidden, 0.0)
     largest_logit = logits.abs().masked_fill(hidden, 0.0).max().item()
+    logits = logits.masked_fill(hidden, -torch.inf)
+    if call.sinks is not None:
+        logits = torch.cat([logits, call.sinks.double()[:, None, None].expand(*logits.shape[:-1], 1)], dim=-1)
+    weights = logits.softmax(dim=-1)[..., : key.shape[2]]
     # Padding sees nothing; its output means nothing and is left out.
-    expected = (logits.masked_fill(hidden, -torch.inf).softmax(dim=-1) @ value).transpose(1, 2)[mask.bool()]
+    expected = (weights @ value).transpose(1, 2)[mask.bool()]
     difference = (call.output.double()[mask.bool()] - expected).abs().max().item()
     error = difference / value.abs().max().clamp(min=1e-30).item()
     rounding = 8 * torch.finfo(call.output.dtype).eps + 16 * torch.finfo(torch.float32).eps * largest_logit
@@ -149,12 +166,15 @@ def _compare(name: str, layer: nn.Module, call: _Call, mask: Tensor) -> float:
 
 def _measured_slopes(name: str, layer: nn.Module, call: _Call) -> tuple[float, ...]:
     """Slopes read off the layer's attention: with equal logits, one token of distance costs exactly the slope."""
-    heads, key_heads, width = call.query.shape[1], call.key.shape[1], call.query.shape[-1]
+    heads = call.query.shape[1]
     config: Any = layer.config
     attention = AttentionInterface().get_interface(config._attn_implementation, None)
     # flash-attn has kernels for half types only.
     dtype = call.query.dtype if "flash" in config._attn_implementation else torch.float64
-    query, key, value = (call.query.new_zeros(1, n, 2, width, dtype=dtype) for n in (heads, key_heads, key_heads))
+    query, key, value = (
+        states.new_zeros(1, states.shape[1], 2, states.shape[-1], dtype=dtype)
+        for states in (call.query, call.key, call.value)
+    )
     value[:, :, 0] = 1
     output, _ = attention(layer, query, key, value, None, scaling=call.scaling)
     first = output[0, 1, :, 0].double()
@@ -167,7 +187,8 @@ def _measured_slopes(name: str, layer: nn.Module, call: _Call) -> tuple[float, .
 
 
 def _check_positions(model: PreTrainedModel, mask: Tensor) -> None:
-    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+    decoder: Any = text_decoder(model)
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
         return
     # Reversed, not shifted: rotary positions cannot tell a shift, and a table may have no more rows.
     reverse = torch.arange(mask.shape[1], device=mask.device).flip(0).expand(mask.shape)
@@ -175,6 +196,6 @@ def _check_positions(model: PreTrainedModel, mask: Tensor) -> None:
     changed = (_hidden_states(model, mask, position_ids=reverse) - default).abs().max().item()
     if not changed <= 8 * torch.finfo(default.dtype).eps * default.abs().max().item():
         raise VerificationError(
-            f"position ids change the output of {type(model.base_model).__name__} by {changed:.2e}: "
+            f"position ids change the output of {type(decoder).__name__} by {changed:.2e}: "
             "positions are still added beside ALiBi"
         )

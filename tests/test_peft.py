@@ -29,7 +29,7 @@ def test_lora_trains_saves_and_reloads(family, tmp_path):
     hf_alibi.verify_alibi(model.get_base_model())
 
     model.eval().save_pretrained(tmp_path / "adapter")
-    fresh = hf_alibi.modeling.MODEL_CLASSES[type(stock_model(family))].from_pretrained(tmp_path / "base")
+    fresh = hf_alibi.modeling.model_class(type(stock_model(family))).from_pretrained(tmp_path / "base")
     reloaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
     with torch.no_grad():
         expected = model(input_ids).logits

@@ -6,9 +6,9 @@ from conftest import stock_model, tokens
 from transformers import LlamaForCausalLM
 
 import hf_alibi
+from hf_alibi.anatomy import self_attentions
 from hf_alibi.attention import BACKENDS
 from hf_alibi.errors import VerificationError
-from hf_alibi.families import self_attentions
 
 pytestmark = pytest.mark.parametrize("backend", ["eager", "sdpa"])
 
@@ -78,7 +78,7 @@ def test_finds_a_layer_with_other_slopes(family, backend):
     def wrong(module, *args, **kwargs):
         if module is not attention:
             return original(module, *args, **kwargs)
-        keep, module.config = module.config, Wrong(model.config)
+        keep, module.config = module.config, Wrong(model.config, model.config)
         try:
             return original(module, *args, **kwargs)
         finally:

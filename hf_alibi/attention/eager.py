@@ -33,10 +33,13 @@ def eager_alibi_attention(
         attention_mask: see `visible_keys`.
         scaling: of the logits; 1 / sqrt(head_dim) if None.
         dropout: probability, applied to the weights in training.
+        kwargs: `softcap`, which bounds the logits before the bias is added (Gemma 2); `s_aux`, (heads,), the logit of
+            a sink that takes a share of each query's weights (gpt-oss).
 
     Returns the output (batch, queries, heads, head_dim) and the weights (batch, heads, queries, keys).
     """
-    refuse_unsupported("eager", module, kwargs)
+    refuse_unsupported("eager", module, kwargs, supported=("softcap", "s_aux"))
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     slopes = head_slopes(module.config, query.shape[1], query.device)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     allowed, added = visible_keys(attention_mask, query, key)
@@ -47,12 +50,19 @@ def eager_alibi_attention(
     # Autocast would take the product of two float32 tensors in a half type.
     with torch.autocast(query.device.type, enabled=False):
         logits = query.to(wide) @ key.to(wide).transpose(-1, -2) * scaling
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
         logits = logits + alibi_bias(slopes.for_queries(lambda: allowed.sum(dim=-1)), allowed)
         if added is not None:
             logits = logits + added
         # A query that may see nothing (padding) gets zeros, and finite gradients on the way.
         logits = logits.masked_fill(~allowed, torch.finfo(wide).min)
-        weights = logits.softmax(dim=-1).masked_fill(~allowed.any(dim=-1, keepdim=True), 0.0)
+        if sinks is not None:
+            sink = sinks.to(wide)[:, None, None].expand(*logits.shape[:-1], 1)
+            weights = torch.cat([logits, sink], dim=-1).softmax(dim=-1)[..., :-1]
+        else:
+            weights = logits.softmax(dim=-1)
+        weights = weights.masked_fill(~allowed.any(dim=-1, keepdim=True), 0.0)
         weights = nn.functional.dropout(weights, p=dropout, training=module.training)
         output = (weights @ value.to(wide)).to(value.dtype)
     return output.transpose(1, 2).contiguous(), weights.to(value.dtype)

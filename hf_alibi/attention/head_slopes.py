@@ -44,7 +44,7 @@ def head_slopes(config: Any, num_heads: int, device: torch.device) -> HeadSlopes
     be wrong.
     """
     slopes = config.alibi_slopes
-    count = config.num_attention_heads if slopes is None else len(slopes)
+    count = num_heads if slopes is None else len(slopes)
     if num_heads != count:
         raise ValueError(
             f"attention with {num_heads} heads got {count} ALiBi slopes; heads that are split over devices are not "

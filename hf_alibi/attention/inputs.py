@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any, Protocol
 
 import torch
@@ -14,11 +15,13 @@ __all__ = ["autocast", "refuse_unsupported", "visible_keys", "visible_range"]
 # An additive entry at or under this is a mask: after softmax it leaves nothing in any floating-point type.
 _MASKED = -1e4
 
-# Arguments that change the attention in ways that these backends do not carry out, and what they stand for.
-_UNSUPPORTED = {
+# Arguments that change the attention in ways that a backend must carry out or refuse, and what they stand for.
+_SPECIAL = {
     "softcap": "capped logits",
     "s_aux": "attention sinks",
     "position_bias": "another position bias",
+    "indices": "sparse attention to chosen keys",
+    "block_indices": "sparse attention to chosen blocks",
     "cache": "the paged cache of continuous batching",
 }
 
@@ -29,10 +32,12 @@ class HasShape(Protocol):
     shape: torch.Size
 
 
-def refuse_unsupported(name: str, module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+def refuse_unsupported(
+    name: str, module: torch.nn.Module, kwargs: dict[str, Any], *, supported: Container[str] = ()
+) -> None:
     """Raise ValueError for an argument of the attention call that backend `name` would otherwise ignore."""
-    for argument, meaning in _UNSUPPORTED.items():
-        if kwargs.get(argument) is not None:
+    for argument, meaning in _SPECIAL.items():
+        if kwargs.get(argument) is not None and argument not in supported:
             raise ValueError(
                 f"ALiBi attention '{name}' of {type(module).__name__} does not support {meaning} ({argument}=...)"
             )
