@@ -1,20 +1,28 @@
-"""Attention with Linear Biases (ALiBi) for Hugging Face models."""
+"""Attention with Linear Biases (ALiBi) for Hugging Face models.
 
+Importing this package makes converted checkpoints known to transformers' Auto classes, and imports neither torch nor
+any model: what is asked for is imported then.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import configuration, modeling
-from .attention.reading import Reads, record_reads
-from .bias import build_alibi_tensor
-from .cache import AlibiCache
-from .configuration import AlibiConfig
-from .errors import InputError, VerificationError
-from .evaluation import evaluate_extrapolation
-from .families import supported_families
-from .patching import apply_alibi
 from .registration import register
-from .slopes import alibi_slopes
-from .verification import verify_alibi
+
+if TYPE_CHECKING:
+    from .attention.reading import Reads, record_reads
+    from .bias import build_alibi_tensor
+    from .cache import AlibiCache
+    from .configuration import AlibiConfig
+    from .errors import InputError, VerificationError
+    from .evaluation import evaluate_extrapolation
+    from .families import supported_families
+    from .patching import apply_alibi
+    from .slopes import alibi_slopes
+    from .verification import verify_alibi
 
 __all__ = [
     "AlibiCache",
@@ -31,6 +39,21 @@ __all__ = [
     "verify_alibi",
 ]
 
+_MODULES = {
+    "AlibiCache": "cache",
+    "AlibiConfig": "configuration",
+    "InputError": "errors",
+    "Reads": "attention.reading",
+    "VerificationError": "errors",
+    "alibi_slopes": "slopes",
+    "apply_alibi": "patching",
+    "build_alibi_tensor": "bias",
+    "evaluate_extrapolation": "evaluation",
+    "record_reads": "attention.reading",
+    "supported_families": "families",
+    "verify_alibi": "verification",
+}
+
 try:
     __version__ = version("hf-alibi")
 except PackageNotFoundError:  # run from a source tree that is not installed
@@ -40,5 +63,22 @@ register()
 
 
 def __getattr__(name: str) -> Any:
-    """`Alibi<class of transformers>`: the ALiBi form of any of its configs and models, made when first asked for."""
-    return getattr(configuration if name.endswith("Config") else modeling, name)
+    """A public name, imported when it is first asked for.
+
+    `Alibi<class of transformers>` is the ALiBi form of any of its configs and models, such as `AlibiQwen3Config` and
+    `AlibiQwen3ForCausalLM`.
+    """
+    if name.startswith("Alibi") and name not in _MODULES:
+        return getattr(import_module(f"{__name__}.{'configuration' if name.endswith('Config') else 'modeling'}"), name)
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    try:
+        return import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

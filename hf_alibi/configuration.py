@@ -11,7 +11,17 @@ from transformers import PreTrainedConfig
 
 from .slopes import check_scaling
 
-__all__ = ["AlibiConfig", "Converted", "alibi_config", "check_slopes", "config_class", "text_config", "text_config_name"]
+__all__ = [
+    "AlibiConfig",
+    "Converted",
+    "alibi_config",
+    "check_slopes",
+    "config_class",
+    "num_heads",
+    "stock_class",
+    "text_config",
+    "text_config_name",
+]
 
 # Parts of a composite config that hold the language model.
 _TEXT_CONFIGS = ("text_config", "decoder")
@@ -163,13 +173,19 @@ def config_class(stock: type[PreTrainedConfig]) -> type[Converted]:
     return made
 
 
+def stock_class(module: str, name: str, kind: type) -> Any:
+    """The class of transformers whose ALiBi form is `name`. Raises AttributeError, for `module`, where there is none."""
+    stock = getattr(transformers, name.removeprefix("Alibi"), None) if name.startswith("Alibi") else None
+    if isinstance(stock, type) and issubclass(stock, kind):
+        return stock
+    raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+
 def __getattr__(name: str) -> Any:
     """`Alibi<name of a config of transformers>`, made when it is first asked for; so it can be pickled by its name."""
     if name in globals():
         return globals()[name]
-    stock: Any = getattr(transformers, name.removeprefix("Alibi"), None) if name.startswith("Alibi") else None
-    if not (isinstance(stock, type) and issubclass(stock, PreTrainedConfig)):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    stock = stock_class(__name__, name, PreTrainedConfig)
     added = AlibiConfig if text_config_name(stock) is None else AlibiCompositeConfig
     made = type(
         name,

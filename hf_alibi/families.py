@@ -96,8 +96,11 @@ class FamilyTable:
 
     def markdown(self) -> str:
         """The table of the README."""
-        rows = [f"| {what} | {_names(self.supported, what, '`')} |" for what in dict.fromkeys(self.supported.values())]
-        rows += [f"| refused: {why} | {_names(self.refused, why, '`')} |" for why in dict.fromkeys(self.refused.values())]
+        rows = [
+            f"| {prefix}{what} | {_names(table, what, quote='`')} |"
+            for prefix, table in (("", self.supported), ("refused: ", self.refused))
+            for what in dict.fromkeys(table.values())
+        ]
         return "\n".join(["| ALiBi takes the place of | model types |", "| --- | --- |", *rows])
 
 

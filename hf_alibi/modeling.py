@@ -88,9 +88,7 @@ def __getattr__(name: str) -> Any:
     """`Alibi<name of a model of transformers>`, made when it is first asked for; so it can be pickled by its name."""
     if name in globals():
         return globals()[name]
-    stock: Any = getattr(transformers, name.removeprefix("Alibi"), None) if name.startswith("Alibi") else None
-    if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    stock = configuration.stock_class(__name__, name, PreTrainedModel)
     members: dict[str, Any] = {
         "__module__": __name__,
         "__doc__": f"`{stock.__name__}` with ALiBi; `from_pretrained` of a plain checkpoint converts it.",

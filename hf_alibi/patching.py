@@ -69,7 +69,7 @@ def _prove(model: PreTrainedModel, model_type: str) -> None:
         verify_alibi(model)
     except Exception as error:
         raise ValueError(
-            f"no ALiBi for model_type {model_type!r}: it is not in hf_alibi.supported_families(), and was tried: {error}"
+            f"no ALiBi for model_type {model_type!r}: not in hf_alibi.supported_families(), and trying it gave: {error}"
         ) from error
 
 

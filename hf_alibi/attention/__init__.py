@@ -43,3 +43,6 @@ def register_backends() -> None:
     """Make the backends known to transformers; calling it again changes nothing."""
     for name, attention in BACKENDS.items():
         AttentionInterface.register(alibi_name(name), attention)
+
+
+register_backends()
