@@ -42,10 +42,11 @@ def has_no_positions(config: PreTrainedConfig) -> bool:
 
 def text_decoder(model: PreTrainedModel) -> nn.Module:
     """The part of `model` that reads and writes text from left to right; `model` itself where it is nothing else."""
-    decoder: nn.Module = model.get_decoder()
-    base: nn.Module = model.base_model
+    decoder: Any = model.get_decoder()
     # Some families call the projection to the vocabulary their decoder.
-    return decoder if isinstance(decoder, PreTrainedModel) else base
+    whole: PreTrainedModel = decoder if isinstance(decoder, PreTrainedModel) else model
+    base: nn.Module = whole.base_model
+    return base
 
 
 def self_attentions(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:

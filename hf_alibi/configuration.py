@@ -9,6 +9,7 @@ import transformers
 from huggingface_hub.dataclasses import as_validated_field, strict
 from transformers import PreTrainedConfig
 
+from .peft_targets import name_for_peft
 from .slopes import check_scaling
 
 __all__ = [
@@ -95,6 +96,12 @@ class Converted(PreTrainedConfig):
             )
         return {**config, "model_type": own}, rest
 
+    def to_dict(self) -> dict[str, Any]:
+        """As any config's. What PEFT reads before it looks up what to adapt, so this is when it must know the type."""
+        name_for_peft(str(self.model_type))
+        fields: dict[str, Any] = super().to_dict()
+        return fields
+
 
 class AlibiConfig(Converted):
     """The fields that ALiBi adds to the config of a language model.
@@ -174,7 +181,7 @@ def config_class(stock: type[PreTrainedConfig]) -> type[Converted]:
 
 
 def stock_class(module: str, name: str, kind: type) -> Any:
-    """The class of transformers whose ALiBi form is `name`. Raises AttributeError, for `module`, where there is none."""
+    """The class of transformers whose ALiBi form is `name`. Raises AttributeError, for `module`, if there is none."""
     stock = getattr(transformers, name.removeprefix("Alibi"), None) if name.startswith("Alibi") else None
     if isinstance(stock, type) and issubclass(stock, kind):
         return stock

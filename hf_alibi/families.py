@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from textwrap import fill, indent
 from typing import Any
 
-__all__ = ["FamilyTable", "is_listed", "refusal", "supported_families"]
+__all__ = ["FamilyTable", "is_listed", "refusal", "scales_by_position", "supported_families"]
 
 # By what `apply_alibi` takes out of the self-attention of the model type.
 _POSITIONS = {
     "rotary positions": """
         afmoe apertus arcee aria_text axk1 bailing_hybrid bamba beam bitnet codegen cohere cohere2 cohere2_moe
-        cohere_compass_text cwm dbrx deepseek_v2 deepseek_v3 diffllama doge dots1 emu3 ernie4_5 ernie4_5_moe exaone4
+        cohere_compass_text cwm dbrx deepseek_v2 deepseek_v3 diffllama dots1 emu3 ernie4_5 ernie4_5_moe exaone4
         exaone_moe falcon falcon_h1 flex_olmo flint fuyu gemma gemma2 gemma3 gemma3_text gemma3n_text gemma4
         gemma4_text gemma4_unified gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite got_ocr2 gpt_neox
         gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe granitemoe_swa granitemoeshared helium hrm_text
@@ -36,6 +36,9 @@ _POSITIONS = {
     """,
 }
 
+# Decoders inside the models above that have a model type of their own.
+_DECODERS = "emu3_text_model mllama_text_model musicgen_decoder musicgen_melody_decoder"
+
 _OWN_BIAS = "its attention has a bias by distance already"
 _SPARSE = "sparse index attention: which keys a query sees is chosen by a score that no bias reaches"
 _OWN_CODE = "its attention is code of its own, which takes no attention function"
@@ -44,7 +47,7 @@ _REFUSED = {
     for reason, model_types in {
         _OWN_BIAS: "bloom inkling2_text inkling_text mpt",
         _SPARSE: """
-            axk2 deepseek_v32 deepseek_v4 dots3_note dots3_note_text glm_moe_dsa hy_v4 minimax_m3_vl_text qwen4_exp
+            axk2 deepseek_v32 deepseek_v4 doge dots3_note dots3_note_text glm_moe_dsa hy_v4 minimax_m3_vl_text qwen4_exp
             qwen4_exp_text
         """,
         "no attention: it is a recurrence": "falcon_mamba mamba mamba2 rwkv xlstm",
@@ -118,7 +121,12 @@ def supported_families() -> FamilyTable:
 
 def is_listed(model_type: str) -> bool:
     """Whether a model type was tested, so that an instance need not be."""
-    return any(model_type in names.split() for names in _POSITIONS.values())
+    return any(model_type in names.split() for names in (*_POSITIONS.values(), _DECODERS))
+
+
+def scales_by_position(config: Any) -> bool:
+    """Whether the family scales queries by their position: a temperature for long contexts, which stays."""
+    return str(config.model_type).removeprefix("alibi_") == "beam"
 
 
 def _names(rows: dict[str, str], what: str, quote: str = "") -> str:

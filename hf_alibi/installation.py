@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -76,8 +78,8 @@ def install_alibi(
             continue
         rotary = any(buffer.endswith("inv_freq") for buffer, _ in positions.named_buffers())
         setattr(parent, name, NoRotation(positions) if rotary else NoPositions())
-        # Tables of token types that are cut to the length; without them transformers makes one that fits.
-        parent._buffers.pop("token_type_ids", None)
+        if "token_type_ids" in parent._buffers:
+            parent.register_forward_pre_hook(_of_any_length, with_kwargs=True)
     for _, name, positions in position_modules(model):
         if isinstance(positions, NoPositions):
             # A plain checkpoint brings its table along; that it is not loaded is the point.
@@ -91,6 +93,15 @@ def install_alibi(
         if not isinstance(config, LayerConfig):
             # Past the types of torch: a config is no tensor and no module.
             attention.__dict__["config"] = LayerConfig(config, alibi)
+
+
+def _of_any_length(embeddings: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Give BERT-like embeddings what they would cut from tables that are as long as the table of positions was."""
+    tokens = kwargs.get("input_ids")
+    shape = kwargs["inputs_embeds"].shape[:2] if tokens is None else tokens.shape
+    zeros = torch.zeros(shape, dtype=torch.long, device=embeddings.token_type_ids.device)
+    given = {name: kwargs.get(name) for name in ("position_ids", "token_type_ids")}
+    return args, {**kwargs, **{name: zeros if value is None else value for name, value in given.items()}}
 
 
 @contextmanager
@@ -111,4 +122,4 @@ def undone_on_error(model: PreTrainedModel) -> Iterator[None]:
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """The attributes of a module, with the dicts in which torch keeps parts and parameters copied."""
-    return {key: dict(value) if type(value) is dict else value for key, value in vars(module).items()}
+    return {key: copy(value) if isinstance(value, dict) else value for key, value in vars(module).items()}

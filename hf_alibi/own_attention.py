@@ -109,8 +109,6 @@ def convert_own_attention(module: nn.Module) -> None:
     name = type(module).__name__
     if name in _FORMS:
         module.__class__ = __getattr__(f"Alibi{name}")
-        # A table of what each query may see, whose size limits the length.
-        vars(module)["_buffers"].pop("bias", None)
 
 
 def __getattr__(name: str) -> Any:

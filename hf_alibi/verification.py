@@ -16,7 +16,9 @@ from .anatomy import is_alibi, self_attentions, text_decoder
 from .attention import BACKENDS, alibi_name, register_backends
 from .attention.head_slopes import head_slopes
 from .attention.inputs import visible_keys
+from .configuration import text_config
 from .errors import VerificationError
+from .families import scales_by_position
 from .modes import evaluation_mode
 
 __all__ = ["LayerReport", "verify_alibi"]
@@ -94,13 +96,13 @@ def _recorded_calls() -> Iterator[dict[nn.Module, _Call]]:
 
     def recording(attention: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[Tensor, Any]]:
         def record(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
         ) -> tuple[Tensor, Any]:
-            output, weights = attention(module, query, key, value, mask, **kwargs)
+            output, weights = attention(module, query, key, value, attention_mask, **kwargs)
             scaling = kwargs.get("scaling")
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
             special = kwargs.get("softcap"), kwargs.get("s_aux")
-            calls[module] = _Call(query, key, value, mask, output, scaling, *special)
+            calls[module] = _Call(query, key, value, attention_mask, output, scaling, *special)
             return output, weights
 
         return record
@@ -117,16 +119,21 @@ def _hidden_states(model: PreTrainedModel, mask: Tensor, **kwargs: Any) -> Tenso
     decoder: Any = text_decoder(model)
     # Of its own generator, so that the user's random state is not moved.
     generator = torch.Generator().manual_seed(0)
-    vocabulary = decoder.get_input_embeddings().num_embeddings
-    input_ids = torch.randint(vocabulary, mask.shape, generator=generator).to(mask.device)
-    output = decoder(input_ids=input_ids, attention_mask=mask, use_cache=False, **kwargs)
-    hidden_states: Tensor = output.last_hidden_state
+    vocabulary = getattr(decoder.get_input_embeddings(), "num_embeddings", None)
+    inputs: dict[str, Tensor]
+    if vocabulary is not None:
+        inputs = {"input_ids": torch.randint(vocabulary, mask.shape, generator=generator)}
+    else:  # embeddings of several vocabularies, of audio
+        width = text_config(model.config).hidden_size
+        inputs = {"inputs_embeds": torch.randn(*mask.shape, width, generator=generator).to(model.dtype)}
+    inputs = {name: value.to(mask.device) for name, value in inputs.items()}
+    hidden_states: Tensor = decoder(**inputs, attention_mask=mask, use_cache=False, **kwargs)[0]
     return hidden_states
 
 
-def _expected_slopes(layer: nn.Module, heads: int, context: Tensor) -> Tensor:
+def _expected_slopes(layer: nn.Module, call: _Call, context: Tensor) -> Tensor:
     """float64 (batch or 1, heads, queries or 1, 1) of queries that see `context` (batch or 1, 1, queries) tokens."""
-    return head_slopes(layer.config, heads, context.device).for_queries(lambda: context).double()
+    return head_slopes(layer, call.query, call.value, context.device).for_queries(lambda: context).double()
 
 
 def _compare(name: str, layer: nn.Module, call: _Call, mask: Tensor) -> float:
@@ -135,7 +142,7 @@ def _compare(name: str, layer: nn.Module, call: _Call, mask: Tensor) -> float:
     key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], dim=1) for states in (key, value))
     position = mask.cumsum(dim=-1)
     distance = (position[:, :, None] - position[:, None, :])[:, None].double()
-    slopes = _expected_slopes(layer, query.shape[1], position[:, None])
+    slopes = _expected_slopes(layer, call, position[:, None])
     logits = query @ key.transpose(-1, -2) * call.scaling
     if call.softcap is not None:
         logits = call.softcap * torch.tanh(logits / call.softcap)
@@ -180,7 +187,7 @@ def _measured_slopes(name: str, layer: nn.Module, call: _Call) -> tuple[float, .
     first = output[0, 1, :, 0].double()
     seen = (1 - first).log() - first.log()
     context = torch.tensor([[[1, 2]]], device=call.query.device)
-    expected = _expected_slopes(layer, heads, context).expand(1, heads, 2, 1)[0, :, 1, 0]
+    expected = _expected_slopes(layer, call, context).expand(1, heads, 2, 1)[0, :, 1, 0]
     if not torch.allclose(seen, expected, rtol=1e-5, atol=max(1e-7, 8 * torch.finfo(dtype).eps)):
         raise VerificationError(f"layer {name} has slopes {seen.tolist()}, its config says {expected.tolist()}")
     return tuple(seen.tolist())
@@ -188,7 +195,7 @@ def _measured_slopes(name: str, layer: nn.Module, call: _Call) -> tuple[float, .
 
 def _check_positions(model: PreTrainedModel, mask: Tensor) -> None:
     decoder: Any = text_decoder(model)
-    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+    if "position_ids" not in inspect.signature(decoder.forward).parameters or scales_by_position(decoder.config):
         return
     # Reversed, not shifted: rotary positions cannot tell a shift, and a table may have no more rows.
     reverse = torch.arange(mask.shape[1], device=mask.device).flip(0).expand(mask.shape)

@@ -1,17 +1,23 @@
 # Sourced by demo.sh and test.sh: goes to the project's root and makes .venv ready, once for each set of requirements.
+# With TRANSFORMERS=5.20 in the environment, the same in an environment of its own with that version of transformers.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-stamp=.venv/.installed-$(cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+venv=.venv${TRANSFORMERS:+-transformers-$TRANSFORMERS}
+stamp=$venv/.installed-$(cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 if [ ! -e "$stamp" ]; then
     python=${PYTHON:-python3}
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
         echo "error: $("$python" --version) is too old; set PYTHON to a Python of 3.10 or newer" >&2
         exit 1
     }
-    echo "Setting up .venv (once; a few minutes and about 1.5 GB)"
-    [ -x .venv/bin/python ] || "$python" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,gguf]'
+    echo "Setting up $venv (once; a few minutes and about 1.5 GB)"
+    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+    if [ -n "${TRANSFORMERS:-}" ]; then
+        { grep -v '^transformers==' constraints.txt; echo "transformers==$TRANSFORMERS"; } > "$venv/constraints.txt"
+    fi
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+        --constraint "${TRANSFORMERS:+$venv/}constraints.txt" --editable '.[dev,gguf]'
     touch "$stamp"
 fi
-. .venv/bin/activate
+. "$venv/bin/activate"
 # Threads that wait by spinning cost tenfold where other programs want the same cores.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}

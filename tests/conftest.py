@@ -46,6 +46,12 @@ def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def snapshot(model):
+    """All that a failed conversion could have changed."""
+    modules = {name: (module, type(module), getattr(module, "config", None)) for name, module in model.named_modules()}
+    return modules, model.config.to_dict(), {name: p.data_ptr() for name, p in model.named_parameters()}
+
+
 @pytest.fixture(autouse=True)
 def _quiet_and_seeded():
     transformers.utils.logging.disable_progress_bar()

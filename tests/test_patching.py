@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import stock_config, stock_model, tokens
+from conftest import snapshot, stock_config, stock_model, tokens
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -22,12 +22,6 @@ from transformers import (
 import hf_alibi
 from hf_alibi.anatomy import is_alibi, position_limit, self_attentions
 from hf_alibi.installation import LayerConfig
-
-
-def snapshot(model):
-    """All that a failed conversion could have changed."""
-    modules = {name: (module, type(module), getattr(module, "config", None)) for name, module in model.named_modules()}
-    return modules, model.config.to_dict(), {name: p.data_ptr() for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize(
@@ -225,7 +219,7 @@ def test_a_layer_reads_and_writes_the_models_config():
     assert copy.copy(view)._attn_implementation == "alibi_eager"
     with pytest.raises(AttributeError):
         _ = view.missing
-    config._attn_implementation = "paged|eager"
+    config._attn_implementation = "flash_attention_3"
     with pytest.raises(ValueError, match="no ALiBi form"):
         _ = view._attn_implementation
 

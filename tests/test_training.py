@@ -375,8 +375,22 @@ def test_damaged_model_is_refused(damage, message):
 
 
 def test_family_without_alibi_is_refused():
-    config = {"model_type": "opt", "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-    refused("cannot convert the model to ALiBi: no ALiBi family", arguments(model_config=config))
+    config = {"model_type": "bloom", "hidden_size": 16, "n_head": 2, "n_layer": 1}
+    refused("cannot convert the model to ALiBi: no ALiBi for model_type 'bloom'", arguments(model_config=config))
+
+
+def test_other_families_train(tmp_path):
+    config = {
+        "model_type": "qwen3",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "num_hidden_layers": 1,
+    }
+    finetune(arguments(model_config=config, max_steps=2))
+    assert json.loads(Path("run/config.json").read_text())["model_type"] == "alibi_qwen3"
 
 
 @pytest.mark.parametrize("attention", ["original", "nope"])

@@ -150,6 +150,8 @@ OVERRIDES: dict[str, dict] = {
         "index_topk_blocks": 2,
     },
     "ministral": {"layer_types": ["sliding_attention", "full_attention"]},
+    # Its cache keeps a window only, which its masks do not know: both agree where the window holds everything.
+    "moshi": {"sliding_window": 64},
     # With several codebooks, the batch holds a row for each.
     "musicgen_decoder": {"num_codebooks": 1},
     "musicgen_melody_decoder": {"num_codebooks": 1},
@@ -277,6 +279,9 @@ def make_sensitive(model: nn.Module, seed: int) -> None:
                 parameter.add_(0.1 * noise)
             elif isinstance(module, nn.Embedding):
                 parameter.copy_(noise)
+                if module.padding_idx is not None:
+                    # Zeros, as families have it; some that load a model write them over what was saved.
+                    parameter[module.padding_idx] = 0.0
             else:
                 fan_in = parameter.shape[-2] if isinstance(module, Conv1D) else parameter[0].numel()
                 if parameter.ndim == 3 and not isinstance(module, nn.Conv1d):

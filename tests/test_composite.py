@@ -1,0 +1,229 @@
+"""Encoder-decoder and vision-language models: the text decoder's self-attention is converted and nothing else."""
+
+import pytest
+import torch
+from conftest import snapshot
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    CLIPVisionConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PreTrainedModel,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Speech2TextConfig,
+    Speech2TextForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
+
+import hf_alibi
+from hf_alibi.anatomy import position_modules, self_attentions, text_decoder
+from hf_alibi.installation import LayerConfig
+
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 99,
+    "max_position_embeddings": 16,
+    "initializer_range": 0.2,
+    **SPECIAL,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 8,
+}
+SEQ2SEQ = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "vocab_size": 99,
+    "init_std": 0.2,
+    "decoder_start_token_id": 1,
+    **SPECIAL,
+}
+BERT = {**TEXT, "num_hidden_layers": 1}
+BERT_2_BERT = EncoderDecoderConfig.from_encoder_decoder_configs(
+    BertConfig(**BERT), BertConfig(**BERT, is_decoder=True, add_cross_attention=True)
+)
+ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+
+# Class, config, the Auto class that holds it, and where the decoder's layers are.
+MODELS = {
+    "bart": (
+        BartForConditionalGeneration,
+        BartConfig(**SEQ2SEQ, max_position_embeddings=16),
+        AutoModelForSeq2SeqLM,
+        "model.decoder.",
+    ),
+    "whisper": (
+        WhisperForConditionalGeneration,
+        WhisperConfig(**SEQ2SEQ, max_source_positions=20, max_target_positions=16, num_mel_bins=8),
+        AutoModelForSpeechSeq2Seq,
+        "model.decoder.",
+    ),
+    "speech2text": (
+        Speech2TextForConditionalGeneration,
+        Speech2TextConfig(**SEQ2SEQ, input_feat_per_channel=8, conv_channels=16, max_target_positions=16),
+        AutoModelForSpeechSeq2Seq,
+        "model.decoder.",
+    ),
+    "bert2bert": (EncoderDecoderModel, BERT_2_BERT, AutoModelForSeq2SeqLM, "decoder."),
+    "llava": (
+        LlavaForConditionalGeneration,
+        LlavaConfig(vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**TEXT), image_token_index=98),
+        AutoModelForImageTextToText,
+        "model.language_model.",
+    ),
+    "qwen2_vl": (
+        Qwen2VLForConditionalGeneration,
+        Qwen2VLConfig(
+            text_config={**TEXT, "rope_parameters": ROPE},
+            vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4},
+        ),
+        AutoModelForImageTextToText,
+        "model.language_model.",
+    ),
+    "idefics3": (
+        Idefics3ForConditionalGeneration,
+        Idefics3Config(vision_config=VISION, text_config={**TEXT, "model_type": "llama"}),
+        AutoModelForImageTextToText,
+        "model.text_model.",
+    ),
+}
+
+
+def built(model_class, config):
+    torch.manual_seed(0)
+    return model_class(config).eval()
+
+
+@pytest.fixture(params=MODELS)
+def case(request):
+    model_class, config, auto_class, inside = MODELS[request.param]
+    return built(model_class, config), auto_class, inside
+
+
+@torch.no_grad()
+def text_states(model, input_ids, **kwargs):
+    return text_decoder(model)(input_ids=input_ids, **kwargs).last_hidden_state
+
+
+def test_the_decoders_self_attention_is_converted_and_nothing_else(case):
+    model, _, inside = case
+    untouched = {
+        name: (type(module), module)
+        for name, module in model.named_modules()
+        if name and not name.startswith(inside) and not inside.startswith(name)
+    }
+    hf_alibi.apply_alibi(model)
+    assert all(type(untouched[name][1]) is untouched[name][0] for name in untouched)
+    layers = [name for name, _ in self_attentions(model)]
+    assert len(layers) == len({name for name in layers if name.startswith(inside)}) > 0
+    with_view = [name for name, module in model.named_modules() if isinstance(vars(module).get("config"), LayerConfig)]
+    assert with_view == layers
+    assert list(position_modules(model))
+    for parent, _, _ in position_modules(model):
+        assert any(parent is module for module in text_decoder(model).modules())
+    assert len(hf_alibi.verify_alibi(model)) == len(layers)
+
+
+def test_saves_and_loads_through_its_auto_class(case, tmp_path):
+    model, auto_class, _ = case
+    hf_alibi.apply_alibi(model).save_pretrained(tmp_path)
+    loaded = auto_class.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert type(loaded.config) is type(model.config)
+    input_ids = torch.randint(3, 98, (2, 50), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(text_states(loaded, input_ids), text_states(model, input_ids))
+    assert not [module for module in loaded.modules() if isinstance(module, PreTrainedModel) and module.training]
+    hf_alibi.verify_alibi(loaded)
+
+
+def test_positions_are_gone_and_the_order_is_not(case):
+    """Left padding changes nothing, at three times the length of the tables; the order of the tokens does."""
+    model = hf_alibi.apply_alibi(case[0])
+    input_ids = torch.randint(3, 98, (1, 50), generator=torch.Generator().manual_seed(0))
+    alone = text_states(model, input_ids)
+    padded = torch.cat([torch.zeros(1, 7, dtype=torch.long), input_ids], dim=1)
+    mask = (torch.arange(57) >= 7).long()[None]
+    assert (text_states(model, padded, attention_mask=mask)[:, 7:] - alone).abs().max() < 1e-4
+    shuffled = torch.cat([input_ids[:, :-1].flip(1), input_ids[:, -1:]], dim=1)
+    assert (text_states(model, shuffled)[:, -1] - alone[:, -1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["bart", "whisper"])
+def test_encoders_and_cross_attention_stay_as_they_are(name):
+    model_class, config, *_ = MODELS[name]
+    model = built(model_class, config)
+    states = torch.randn(1, 8, 40) if name == "whisper" else torch.randint(3, 98, (1, 12))
+    with torch.no_grad():
+        before = model.get_encoder()(states).last_hidden_state
+        hf_alibi.apply_alibi(model)
+        assert torch.equal(model.get_encoder()(states).last_hidden_state, before)
+        tokens = torch.tensor([[1, 5, 6]])
+        forward = model.get_decoder()(input_ids=tokens, encoder_hidden_states=before).last_hidden_state
+        backward = model.get_decoder()(input_ids=tokens, encoder_hidden_states=before.flip(1)).last_hidden_state
+    # Cross-attention reads a set: the order of what it reads changes nothing.
+    assert torch.allclose(forward, backward, atol=1e-5)
+
+
+def test_generates_with_a_cache_what_it_computes_without():
+    model = hf_alibi.apply_alibi(built(*MODELS["bart"][:2]))
+    source = torch.randint(3, 98, (2, 12), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False, "num_beams": 1}
+    with_cache = model.generate(source, **options)
+    assert with_cache.shape[1] > 40  # past the 16 rows that the table had
+    assert torch.equal(with_cache, model.generate(source, use_cache=False, **options))
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config", "message"),
+    [
+        (T5ForConditionalGeneration, T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4), "position bias"),
+        (
+            PaliGemmaForConditionalGeneration,
+            PaliGemmaConfig(
+                vision_config={**VISION, "model_type": "siglip_vision_model", "projection_dim": 32},
+                text_config={**TEXT, "model_type": "gemma"},
+                projection_dim=32,
+            ),
+            "no causal self-attention",
+        ),
+        (ViTModel, ViTConfig(**VISION), "no causal self-attention"),
+    ],
+)
+def test_what_does_not_verify_is_refused_and_left_as_it_was(model_class, config, message):
+    model = built(model_class, config)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        hf_alibi.apply_alibi(model)
+    assert snapshot(model) == before
