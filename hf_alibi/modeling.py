@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import os
+from copy import copy
 from typing import Any
 
 import transformers
 from transformers import PreTrainedModel
 
 from . import configuration
+from .anatomy import self_attentions
 from .attention import check_backend
-from .configuration import Converted
+from .attention.paged import WITHOUT_PAGED_CACHE
+from .cache import AlibiCache
+from .configuration import Converted, text_config
 from .installation import install_alibi
+from .own_attention import is_own_attention
+from .registration import register_conversions
 
 __all__ = ["AlibiModel", "model_class"]
+
+register_conversions()
+
+# What configs call layers that keep more than keys and values, or something else, from token to token.
+_WITH_A_STATE = {"conv", "hybrid", "linear_attention", "mamba"}
 
 
 class AlibiModel:
@@ -42,8 +54,16 @@ class AlibiModel:
         install_alibi(self, model_class)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As any model's. Raises ValueError where the empty end of a static cache would be taken for tokens."""
+        """As any model's. Raises ValueError where a cache does not fit: see the messages."""
         name = self.config._attn_implementation
+        if any(isinstance(value, AlibiCache) for value in kwargs.values()):
+            types = getattr(text_config(self.config), "layer_types", None) or ()
+            recurrent = {kind for kind in types if kind in _WITH_A_STATE}
+            if recurrent:
+                raise ValueError(
+                    f"AlibiCache holds keys and values, but {type(self).__name__} has layers with a state of their own "
+                    f"({', '.join(sorted(recurrent))}); use transformers' DynamicCache(config=model.config)"
+                )
         if name == "flex_attention" or (name == "flash_attention_2" and kwargs.get("attention_mask") is None):
             caches = [value for value in (*args, *kwargs.values()) if getattr(value, "is_compileable", False)]
             if caches and name == "flex_attention":
@@ -59,11 +79,65 @@ class AlibiModel:
                 )
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
+    def init_continuous_batching(
+        self: Any, generation_config: Any = None, continuous_batching_config: Any = None, **kwargs: Any
+    ) -> Any:
+        """As any model's, but never with flash-attn instead: its paged kernels are called without ALiBi.
+
+        Raises ValueError for an attention implementation that takes no paged cache; later, transformers would only
+        note it in each result.
+        """
+        name = self.config._attn_implementation
+        if name not in ("sdpa", "eager", "paged|eager"):
+            raise ValueError(
+                "continuous batching of ALiBi models works with attn_implementation 'sdpa' and 'eager', this model has "
+                f"{name!r}; call model.set_attn_implementation('sdpa') first"
+            )
+        stock_type = str(text_config(self.config).model_type).removeprefix("alibi_")
+        own = any(is_own_attention(layer) for _, layer in self_attentions(self))
+        if own or stock_type in WITHOUT_PAGED_CACHE:
+            raise ValueError(
+                f"{type(self).__name__} has no continuous batching: its attention layers do not use the paged cache "
+                "rightly, unconverted neither; use generate"
+            )
+        old_way = getattr(generation_config or self.generation_config, "continuous_batching_config", None)
+        config = copy(continuous_batching_config or old_way or transformers.ContinuousBatchingConfig())
+        config.auto_switch_to_flash = False
+        return super().init_continuous_batching(generation_config, config, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: what transformers does for its own classes, such as initializing parts without parameters, is right."""
+        return False
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # The converted layers ask the config at each call, also those of families that do not by themselves.
+        return True
+
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, is_init_check: bool = False, **kwargs: Any
     ) -> str:
         # That of transformers first puts kernels from the hub, which ALiBi does not know, in place of flash-attn.
         return self.get_correct_attn_implementation(attn_implementation, is_init_check)
+
+    def save_pretrained(
+        self: Any,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        *args: Any,
+        export_remote_code: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As any model's.
+
+        With `export_remote_code` the checkpoint brings along the code it needs, and loads without this package where
+        `trust_remote_code=True` is given.
+        """
+        from .remote_code import saving_code  # that module imports this one
+
+        with saving_code(self, save_directory, export_remote_code, is_main_process):
+            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """The implementation to use, as transformers decides.
@@ -88,6 +162,9 @@ def __getattr__(name: str) -> Any:
     """`Alibi<name of a model of transformers>`, made when it is first asked for; so it can be pickled by its name."""
     if name in globals():
         return globals()[name]
+    if name.endswith("Config"):
+        # transformers looks for a config where the model is, to say what it has found.
+        return getattr(configuration, name)
     stock = configuration.stock_class(__name__, name, PreTrainedModel)
     members: dict[str, Any] = {
         "__module__": __name__,

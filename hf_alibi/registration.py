@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["register"]
+__all__ = ["register", "register_conversions"]
 
 _AUTO = "transformers.models.auto"
 
@@ -78,6 +78,23 @@ def _write_models(auto: Any) -> None:
             mapping._model_mapping[f"alibi_{kind}"] = _alibi_names(names)
             mapping._modules[model_type_to_module_name(f"alibi_{kind}")] = modeling
         mapping._reverse_config_mapping.update({name: kind for kind, name in mapping._config_mapping.items()})
+
+
+def register_conversions() -> None:
+    """Let weights be renamed and merged while ALiBi models load, and back while they save, as in what they convert.
+
+    Experts of most families, among others, stand in checkpoints otherwise than in models. transformers looks up what
+    to do by the name of a class or by model type, and what it does not find it leaves newly initialized. Calling it
+    again changes nothing.
+    """
+    from transformers import conversion_mapping
+
+    conversion_mapping.get_checkpoint_conversion_mapping("")  # makes the table
+    known = conversion_mapping._checkpoint_conversion_mapping_cache
+    for name in [name for name in known if name != "legacy" and not name.lower().startswith("alibi")]:
+        ours = f"Alibi{name}" if name[0].isupper() else f"alibi_{name}"
+        if ours not in known:
+            conversion_mapping.register_checkpoint_conversion_mapping(ours, known[name])
 
 
 def _stock(table: dict[str, Any]) -> dict[str, Any]:

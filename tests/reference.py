@@ -38,8 +38,13 @@ def attention(
     position: Tensor,
     head_slopes: Tensor,
     scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k^T · scaling − slope · distance) v, head by head.
+
+    With a cap c, q k^T · scaling is c · tanh(q k^T · scaling / c) (Gemma 2, arXiv 2408.00118); a sink is one more logit
+    of each row, whose share of the weights goes nowhere (gpt-oss).
 
     query (batch, heads, queries, dim); key, value (batch, key heads, keys, dim); seen (batch, queries, keys);
     position (batch, keys) of the keys, those of the queries being the last ones.
@@ -50,8 +55,13 @@ def attention(
     distance = (position[:, -queries:, None] - position[:, None, :]).double()
     heads = []
     for head in range(query.shape[1]):
-        logits = query[:, head] @ key[:, head // group].mT * scaling - head_slopes[head].double() * distance
-        weights = logits.masked_fill(~seen, -math.inf).softmax(-1).nan_to_num(0.0)
+        logits = query[:, head] @ key[:, head // group].mT * scaling
+        if softcap is not None:
+            logits = softcap * (logits / softcap).tanh()
+        logits = (logits - head_slopes[head].double() * distance).masked_fill(~seen, -math.inf)
+        if sinks is not None:
+            logits = torch.cat([logits, sinks[head].double().expand(*logits.shape[:-1], 1)], dim=-1)
+        weights = logits.softmax(-1).nan_to_num(0.0)[..., : key.shape[2]]
         heads.append(weights @ value[:, head // group])
     return torch.stack(heads, dim=1)
 

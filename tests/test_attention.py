@@ -379,10 +379,39 @@ def test_dynamic_scaling_without_a_training_length_is_refused(backend):
 
 
 @backends
-@pytest.mark.parametrize("argument", ["softcap", "s_aux", "position_bias", "cache"])
+@pytest.mark.parametrize("argument", ["position_bias", "indices", "block_indices", "cache"])
 def test_refuses_what_it_would_ignore(backend, argument):
     with pytest.raises(ValueError, match=argument):
         run(backend, *qkv(1, 4, 4, 3, 3), **{argument: torch.ones(1)})
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("special", [{"softcap": 3.0}, {"s_aux": True}, {"softcap": 2.0, "s_aux": True}])
+def test_capped_logits_and_sinks(backend, special, padding, dtype):
+    """The bias is added after the cap; a sink takes the same share of a query's weights wherever the query stands."""
+    query, key, value = qkv(2, 6, 3, 40, 40, dtype=dtype)
+    special = {**special, **({"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0, 4.0, -3.0])} if "s_aux" in special else {})}
+    tokens = torch.ones(2, 40, dtype=torch.long)
+    tokens[1, :padding] = 0
+    mask = (torch.ones(40, 40, dtype=torch.bool).tril() & tokens.bool()[:, None, None, :]) if padding else None
+    output = run(backend, 3 * query, key, value, mask, **special)
+    truth = reference.attention(
+        3 * query,
+        key,
+        value,
+        reference.visible(tokens),
+        reference.token_positions(tokens),
+        reference.slopes(6),
+        query.shape[-1] ** -0.5,
+        softcap=special.get("softcap"),
+        sinks=special.get("s_aux"),
+    )
+    error = (output.double() - truth).transpose(1, 2)[tokens.bool()].abs().max().item()
+    assert error < {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    plain = run(backend, 3 * query, key, value, mask)
+    assert (plain - output).abs().max() > 0.05
 
 
 @backends
@@ -408,7 +437,7 @@ def test_refuses_malformed_masks(backend, mask, message):
 @backends
 def test_refuses_another_number_of_heads_than_slopes(backend):
     with pytest.raises(ValueError, match="2 heads got 4 ALiBi slopes"):
-        run(backend, *qkv(1, 2, 2, 3, 3), module=layer(4))
+        run(backend, *qkv(1, 2, 2, 3, 3), module=layer(4, slopes=[0.5, 0.25, 0.1, 0.0]))
 
 
 def test_sdpa_refuses_fewer_keys_than_causal_queries():

@@ -291,7 +291,7 @@ def test_refuses_what_has_no_kernel(calls):
     with pytest.raises(ValueError, match="5 queries needs as many keys, got 3"):
         run(*draw(1, 4, 4, 5, 3))
     with pytest.raises(ValueError, match="2 heads got 4 ALiBi slopes"):
-        run(*draw(1, 2, 2, 3, 3), module=layer(4))
+        run(*draw(1, 2, 2, 3, 3), module=layer(4, slopes=[0.5, 0.25, 0.1, 0.0]))
 
 
 @pytest.mark.parametrize(

@@ -425,7 +425,7 @@ def test_refuses_fewer_keys_than_queries_and_other_heads_than_slopes():
     with pytest.raises(ValueError, match="5 queries needs as many keys, got 3"):
         run(*qkv(1, 4, 4, 5, 3))
     with pytest.raises(ValueError, match="2 heads got 4 ALiBi slopes"):
-        run(*qkv(1, 2, 2, 3, 3), module=layer(4))
+        run(*qkv(1, 2, 2, 3, 3), module=layer(4, slopes=[0.5, 0.25, 0.1, 0.0]))
 
 
 def test_refuses_gradients_on_the_cpu():

@@ -18,7 +18,8 @@ _ENTRIES = 2**24
 
 _NO_TENSOR = (
     "this attention needs keys and values as tensors, which AlibiCache does not have; it works with models converted "
-    "by hf_alibi and attn_implementation='sdpa', not compiled: use these, or transformers' DynamicCache"
+    "by hf_alibi, attn_implementation='sdpa', not compiled, of families that give the attention what they cache as it "
+    "is: use these, or transformers' DynamicCache"
 )
 
 

@@ -64,6 +64,10 @@ def _block(
     bias = alibi_bias(slopes.for_queries(lambda: allowed.sum(dim=-1)), allowed)
     if added is not None:
         bias = bias + added[:, :, rows]
+    if torch.compiler.is_exporting():
+        # Joined with rows, as below, heads would restrict the lengths that the exported program takes.
+        mask, shared = _mask_type(bias, query), query.shape[1] != key.shape[1]
+        return scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling, enable_gqa=shared)
     # The queries of a group become rows of their common key head, so that keys and values are not repeated.
     grouped = (key.shape[1], -1)
     output = scaled_dot_product_attention(

@@ -40,7 +40,7 @@ def eager_alibi_attention(
     """
     refuse_unsupported("eager", module, kwargs, supported=("softcap", "s_aux"))
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-    slopes = head_slopes(module.config, query.shape[1], query.device)
+    slopes = head_slopes(module, query, value, query.device)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     allowed, added = visible_keys(attention_mask, query, key)
     groups = query.shape[1] // key.shape[1]

@@ -54,7 +54,7 @@ def flash_alibi_attention(
     Raises ImportError without a usable flash-attn; ValueError for what its kernels cannot do.
     """
     refuse_unsupported("flash_attention_2", module, kwargs)
-    slopes = head_slopes(module.config, query.shape[1], query.device)
+    slopes = head_slopes(module, query, value, query.device)
     if slopes.dynamic is not None:
         raise ValueError(
             "alibi_scaling of type 'dynamic' gives each query its own slopes, flash-attn takes one a head; make it "

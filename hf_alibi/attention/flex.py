@@ -72,7 +72,7 @@ def flex_alibi_attention(
         )
     queries, keys, width = query.shape[2], key.shape[2], value.shape[-1]
     config: Any = module.config
-    slopes = head_slopes(config, query.shape[1], query.device)
+    slopes = head_slopes(module, query, value, query.device)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = autocast(query.device, query, key, value)
     runs = runs_of(attention_mask, query, key)

@@ -8,9 +8,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..slopes import alibi_slopes, dynamic_scale, scale_slopes
+from .inputs import HasShape
+from .own_heads import own_heads
 
 __all__ = ["HeadSlopes", "head_slopes"]
 
@@ -37,25 +39,33 @@ class HeadSlopes:
         return slopes * dynamic_scale(count_context(), *self.dynamic)[..., None]
 
 
-def head_slopes(config: Any, num_heads: int, device: torch.device) -> HeadSlopes:
-    """The slopes of a layer with `num_heads` query heads under `config` (an ALiBi config).
+def head_slopes(module: nn.Module, query: HasShape, value: HasShape, device: torch.device) -> HeadSlopes:
+    """The slopes of the heads of one attention call, which under tensor parallelism are some of the layer's.
 
-    Raises ValueError where the layer has another number of heads than there are slopes: taking the first few would
-    be wrong.
+    Args:
+        module: the self-attention layer; its config is an ALiBi config.
+        query: (batch, heads, queries, head_dim).
+        value: (batch, key-value heads, keys, head_dim).
+        device: where the slopes are needed.
+
+    Raises ValueError where the layer has another number of heads than there are slopes, or where it is open which of
+    its heads these are: taking the first few would be wrong.
     """
+    config: Any = module.config
     slopes = config.alibi_slopes
-    count = num_heads if slopes is None else len(slopes)
-    if num_heads != count:
-        raise ValueError(
-            f"attention with {num_heads} heads got {count} ALiBi slopes; heads that are split over devices are not "
-            "supported, load the model without a tensor-parallel plan"
-        )
+    heads = query.shape[1]
+    total, first = own_heads(module, heads, value.shape[-1])
+    if slopes is not None and total != len(slopes):
+        raise ValueError(f"attention with {total} heads got {len(slopes)} ALiBi slopes")
     scaling = config.alibi_scaling
+    # Scaling looks at all heads of the layer, wherever they are.
     per_head = _per_head(
-        count if slopes is None else tuple(slopes),
+        total if slopes is None else tuple(slopes),
         None if scaling is None else tuple(scaling.items()),
         device,
     )
+    if heads != total:
+        per_head = per_head[first : first + heads]
     if scaling is None or scaling["type"] != "dynamic":
         return HeadSlopes(per_head)
     if config.alibi_train_length is None:

@@ -3,6 +3,7 @@
 - Causal runs of queries on the CPU, also under padding or in packed sequences: `windowed`, which skips far keys.
 - One token after a long cache on the CPU: `decoding`, which skips far values.
 - Causal attention on accelerators, compiled, or with dropout: `factored`, the plain kernel without a dense bias.
+- Capped logits and sinks, which no kernel has: `eager`.
 - Everything else: `dense`, a matrix of the bias for a block of queries at a time.
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from .cached import CachedStates, attend_cached
 from .decoding import decode
 from .dense import dense_attention
+from .eager import eager_alibi_attention
 from .factored import factored_attention
 from .head_slopes import HeadSlopes, head_slopes
 from .inputs import autocast, refuse_unsupported, visible_keys
@@ -53,8 +55,21 @@ def sdpa_alibi_attention(
 
     Returns the output (batch, queries, heads, head_dim) and None: this backend has no weights to show.
     """
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        # No kernel of PyTorch does these.
+        output, _ = eager_alibi_attention(
+            module,
+            query,
+            cast(Tensor, key),
+            cast(Tensor, value),
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            **kwargs,
+        )
+        return output, None
     refuse_unsupported("sdpa", module, kwargs)
-    slopes = head_slopes(module.config, query.shape[1], query.device)
+    slopes = head_slopes(module, query, value, query.device)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     config: Any = module.config
     tolerance = exact_tolerance(query.dtype) if config.alibi_tolerance is None else config.alibi_tolerance
