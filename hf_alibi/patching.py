@@ -80,9 +80,7 @@ def _check(model: PreTrainedModel) -> None:
         raise ValueError(f"{type(model).__name__} already has ALiBi; change config.alibi_slopes to change its slopes")
     reason = refusal(text_config(stock)) or refusal(stock)
     if reason is not None:
-        raise ValueError(
-            f"no ALiBi for model_type {stock.model_type!r}: {reason}; see hf_alibi.supported_families()"
-        )
+        raise ValueError(f"no ALiBi for model_type {stock.model_type!r}: {reason}; see hf_alibi.supported_families()")
     if model_class(type(model)) is None:
         raise ValueError(
             f"no ALiBi form of {type(model).__module__}.{type(model).__name__}: it is no class of transformers' own"

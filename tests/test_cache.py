@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import stock_model, tokens
+from tiny_models import FIRST_TOKEN, VOCABULARY, stock_tiny
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
@@ -187,8 +188,26 @@ def test_taking_back_tokens(family):
 def test_other_backends_refuse_it(family, implementation):
     model = converted(family)
     model.set_attn_implementation(implementation)
-    with pytest.raises(TypeError, match="models converted by hf_alibi and attn_implementation='sdpa'"):
+    with pytest.raises(TypeError, match="converted by hf_alibi, attn_implementation='sdpa'"):
         step(model, tokens(1, 4), AlibiCache(), [4])
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "mistral", "gemma3_text", "gpt_neox", "opt"])
+def test_other_families(model_type):
+    """Sliding windows among them."""
+    model = hf_alibi.apply_alibi(stock_tiny(model_type))
+    input_ids = torch.randint(FIRST_TOKEN, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
+    cache = AlibiCache()
+    with torch.no_grad():
+        expected = model(input_ids, use_cache=False).logits
+        pieces = [model(piece, past_key_values=cache).logits for piece in input_ids.split([20, 1, 1, 10, 8], dim=1)]
+    assert (torch.cat(pieces, dim=1) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_recurrent_layers_are_refused():
+    model = hf_alibi.apply_alibi(stock_tiny("bamba"))
+    with pytest.raises(ValueError, match=r"AlibiBambaForCausalLM has layers with a state of their own \(linear_att"):
+        model(tokens(1, 4), past_key_values=AlibiCache())
 
 
 def test_an_unconverted_model_is_refused(family):
