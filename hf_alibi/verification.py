@@ -115,19 +115,24 @@ def _recorded_calls() -> Iterator[dict[nn.Module, _Call]]:
         register_backends()
 
 
-def _hidden_states(model: PreTrainedModel, mask: Tensor, **kwargs: Any) -> Tensor:
+def _inputs(model: PreTrainedModel, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """Random inputs (batch, tokens) for the text decoder, the same at every call."""
     decoder: Any = text_decoder(model)
     # Of its own generator, so that the user's random state is not moved.
     generator = torch.Generator().manual_seed(0)
     vocabulary = getattr(decoder.get_input_embeddings(), "num_embeddings", None)
     inputs: dict[str, Tensor]
     if vocabulary is not None:
-        inputs = {"input_ids": torch.randint(vocabulary, mask.shape, generator=generator)}
+        inputs = {"input_ids": torch.randint(vocabulary, shape, generator=generator)}
     else:  # embeddings of several vocabularies, of audio
         width = text_config(model.config).hidden_size
-        inputs = {"inputs_embeds": torch.randn(*mask.shape, width, generator=generator).to(model.dtype)}
-    inputs = {name: value.to(mask.device) for name, value in inputs.items()}
-    hidden_states: Tensor = decoder(**inputs, attention_mask=mask, use_cache=False, **kwargs)[0]
+        inputs = {"inputs_embeds": torch.randn(*shape, width, generator=generator).to(model.dtype)}
+    return {name: value.to(model.device) for name, value in inputs.items()}
+
+
+def _hidden_states(model: PreTrainedModel, mask: Tensor, **kwargs: Any) -> Tensor:
+    inputs = _inputs(model, tuple(mask.shape))
+    hidden_states: Tensor = text_decoder(model)(**inputs, attention_mask=mask, use_cache=False, **kwargs)[0]
     return hidden_states
 
 
@@ -195,14 +200,32 @@ def _measured_slopes(name: str, layer: nn.Module, call: _Call) -> tuple[float, .
 
 def _check_positions(model: PreTrainedModel, mask: Tensor) -> None:
     decoder: Any = text_decoder(model)
-    if "position_ids" not in inspect.signature(decoder.forward).parameters or scales_by_position(decoder.config):
-        return
-    # Reversed, not shifted: rotary positions cannot tell a shift, and a table may have no more rows.
-    reverse = torch.arange(mask.shape[1], device=mask.device).flip(0).expand(mask.shape)
-    default = _hidden_states(model, mask)
-    changed = (_hidden_states(model, mask, position_ids=reverse) - default).abs().max().item()
-    if not changed <= 8 * torch.finfo(default.dtype).eps * default.abs().max().item():
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+        _check_padding(model)
+    elif not scales_by_position(decoder.config):
+        # Reversed, not shifted: rotary positions cannot tell a shift, and a table may have no more rows.
+        reverse = torch.arange(mask.shape[1], device=mask.device).flip(0).expand(mask.shape)
+        default = _hidden_states(model, mask)
+        changed = (_hidden_states(model, mask, position_ids=reverse) - default).abs().max().item()
+        if not changed <= 8 * torch.finfo(default.dtype).eps * default.abs().max().item():
+            raise VerificationError(
+                f"position ids change the output of {type(decoder).__name__} by {changed:.2e}: "
+                "positions are still added beside ALiBi"
+            )
+
+
+def _check_padding(model: PreTrainedModel) -> None:
+    """For a decoder that counts positions itself: padding before the text must change nothing."""
+    decoder: Any = text_decoder(model)
+    inputs = _inputs(model, (2, _LENGTH))
+    alone = decoder(**inputs, use_cache=False)[0]
+    padded = {name: torch.cat([value[:, :_PADDING], value], dim=1) for name, value in inputs.items()}
+    mask = torch.ones(2, _PADDING + _LENGTH, dtype=torch.long, device=model.device)
+    mask[:, :_PADDING] = 0
+    changed = (decoder(**padded, attention_mask=mask, use_cache=False)[0][:, _PADDING:] - alone).abs().max().item()
+    # Sums over other numbers of keys round otherwise, layer after layer.
+    if not changed <= max(1e-4, 32 * torch.finfo(alone.dtype).eps) * alone.abs().max().item():
         raise VerificationError(
-            f"position ids change the output of {type(decoder).__name__} by {changed:.2e}: "
-            "positions are still added beside ALiBi"
+            f"padding before the text changes the output of {type(decoder).__name__} by {changed:.2e}: "
+            "positions are still added beside ALiBi, or the padding is seen"
         )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import stock_model, tokens
+from tiny_models import stock_tiny
 from transformers import LlamaForCausalLM
 
 import hf_alibi
@@ -159,3 +160,13 @@ def test_works_beside_a_stock_model_of_the_same_process(family, backend):
     assert torch.equal(stock(input_ids).logits, before)
     assert not isinstance(stock, hf_alibi.modeling.AlibiModel)
     assert family == "gpt2" or isinstance(stock, LlamaForCausalLM)
+
+
+def test_finds_positions_of_a_decoder_that_counts_them_itself(backend):
+    model = stock_tiny("bart", attn_implementation=backend)
+    decoder = model.model.decoder
+    table = decoder.embed_positions
+    hf_alibi.verify_alibi(hf_alibi.apply_alibi(model))
+    decoder.embed_positions = table
+    with pytest.raises(VerificationError, match="padding before the text changes the output of BartDecoder"):
+        hf_alibi.verify_alibi(model)
