@@ -1,0 +1,133 @@
+"""Head matching: each pretrained head gets, of ALiBi's slopes, the one whose reach is nearest to its own.
+
+ALiBi gives each head a fixed reach, and pretrained heads have theirs: some read the last few tokens, some all. Heads
+are reordered in the weights, so that the model stays what it was and the slopes keep the order that every engine knows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..anatomy import is_alibi, self_attentions
+from ..modes import evaluation_mode
+from ..slopes import alibi_slopes
+from .heads import head_counts, head_parameters, permute_heads
+
+__all__ = ["head_reaches", "match_heads", "matching_order"]
+
+# Key heads up to which every order of them is tried.
+_ALL_ORDERS = 7
+
+
+def match_heads(model: PreTrainedModel, input_ids: Tensor) -> list[list[int]]:
+    """Reorder the heads of each self-attention layer of an unconverted `model` by their reach, in place.
+
+    Args:
+        model: before `apply_alibi`.
+        input_ids: (batch, tokens) of text that the model was made for, a few thousand tokens in all.
+
+    Returns the order of each layer: place i has what was head `order[i]`.
+
+    Raises ValueError for a converted model, and for layers whose heads cannot be reordered (`permute_heads`); nothing
+    is changed then. Raises RuntimeError where the reordered model computes something else; it is put back then.
+    """
+    if is_alibi(model.config):
+        raise ValueError(
+            "match_heads reads how far the heads of the unconverted model look; call it before apply_alibi"
+        )
+    layers = [layer for _, layer in self_attentions(model)]
+    for layer in layers:
+        head_parameters(layer)
+    orders = [
+        matching_order(reaches.tolist(), head_counts(layer)[1])
+        for layer, reaches in zip(layers, head_reaches(model, input_ids), strict=True)
+    ]
+    sample = input_ids[:1, :64]
+    before = _logits(model, sample)
+    for layer, order in zip(layers, orders, strict=True):
+        permute_heads(layer, order)
+    difference = (_logits(model, sample) - before).abs().max().item()
+    if not difference <= 64 * torch.finfo(before.dtype).eps * before.abs().max().item():
+        for layer, order in zip(layers, orders, strict=True):
+            permute_heads(layer, [order.index(head) for head in range(len(order))])
+        raise RuntimeError(f"{type(model).__name__} is another function with its heads reordered: {difference:.2e} off")
+    return orders
+
+
+def head_reaches(model: PreTrainedModel, input_ids: Tensor) -> list[Tensor]:
+    """How far each head of each self-attention layer looks back, (heads,) a layer: tokens, as a geometric mean.
+
+    It is the mean of log(1 + distance) over the weights that a head gives to tokens but the first, where many heads
+    rest whatever they look for (attention sinks; Xiao et al. 2023, arXiv 2309.17453).
+    """
+    tokens = input_ids.shape[1]
+    distance = (torch.arange(tokens)[:, None] - torch.arange(tokens)).clamp(min=0).to(input_ids.device)
+    logarithm = distance.float().log1p()
+    sums: list[Tensor] = []
+    name = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            for row in input_ids:
+                attentions = model(row[None], output_attentions=True, use_cache=False).attentions
+                weights = [layer[0, :, 1:, 1:].float() for layer in attentions]
+                moments = [
+                    torch.stack([(w * logarithm[1:, 1:]).sum(dim=(1, 2)), w.sum(dim=(1, 2))]).double() for w in weights
+                ]
+                sums = [a + b for a, b in zip(sums, moments, strict=True)] if sums else moments
+    finally:
+        model.set_attn_implementation(name)
+    return [(total / weight.clamp(min=1e-9)).expm1() for total, weight in sums]
+
+
+def matching_order(reaches: Sequence[float], key_heads: int) -> list[int]:
+    """Which head stands at each place, so that the slopes of the places suit the reaches best.
+
+    The heads' own slopes are taken to be those of the paper, steepest for the shortest reach. Of all orders that keep
+    the heads of a key head together, the least sum of squared differences of log slopes wins.
+    """
+    heads = len(reaches)
+    group = heads // key_heads
+    places = alibi_slopes(heads).double().log()
+    by_reach = sorted(range(heads), key=lambda head: reaches[head])
+    own = torch.empty(heads, dtype=torch.float64)
+    own[by_reach] = places.sort(descending=True).values
+    # Inside a group, steep goes with steep; so only the places of the groups are left to choose.
+    own_sorted = own.view(key_heads, group).sort(dim=1, descending=True)
+    place_sorted = places.view(key_heads, group).sort(dim=1, descending=True)
+    cost = (own_sorted.values[:, None] - place_sorted.values[None]).square().sum(dim=-1)
+    order = [0] * heads
+    for place, chosen in enumerate(_assignment(cost)):
+        for head, where in zip(own_sorted.indices[chosen], place_sorted.indices[place], strict=True):
+            order[place * group + int(where)] = chosen * group + int(head)
+    return order
+
+
+def _assignment(cost: Tensor) -> list[int]:
+    """Which row each column gets, by the least sum; among many, until no exchange of two is better."""
+    count = len(cost)
+    columns = range(count)
+    if count <= _ALL_ORDERS:
+        return list(
+            min(itertools.permutations(columns), key=lambda rows: sum(cost[r, c].item() for c, r in enumerate(rows)))
+        )
+    rows = list(columns)
+    better = True
+    while better:
+        better = False
+        for a, b in itertools.combinations(columns, 2):
+            if cost[rows[a], b] + cost[rows[b], a] < cost[rows[a], a] + cost[rows[b], b] - 1e-12:
+                rows[a], rows[b] = rows[b], rows[a]
+                better = True
+    return rows
+
+
+def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+    with evaluation_mode(model), torch.no_grad():
+        logits: Tensor = model(input_ids, use_cache=False)[0]
+    return logits
