@@ -42,11 +42,14 @@ def has_no_positions(config: PreTrainedConfig) -> bool:
 
 def text_decoder(model: PreTrainedModel) -> nn.Module:
     """The part of `model` that reads and writes text from left to right; `model` itself where it is nothing else."""
-    decoder: Any = model.get_decoder()
-    # Some families call the projection to the vocabulary their decoder.
-    whole: PreTrainedModel = decoder if isinstance(decoder, PreTrainedModel) else model
-    base: nn.Module = whole.base_model
-    return base
+    decoder = model
+    while True:
+        inner: Any = decoder.get_decoder()
+        # Some families call the projection to the vocabulary their decoder.
+        if inner is decoder or not isinstance(inner, PreTrainedModel):
+            base: nn.Module = decoder.base_model
+            return base
+        decoder = inner
 
 
 def self_attentions(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
@@ -72,14 +75,20 @@ def _asks_for_a_backend(forward: Callable[..., Any]) -> bool:
 
 
 def position_modules(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Parent, name and module of everything in the text decoder that makes positions, or stands for what did."""
-    for parent in text_decoder(model).modules():
-        if isinstance(parent, NoRotation):
-            continue
+    """Parent, name and module of everything that makes positions for the text decoder, or stands for what did.
+
+    Encoders that stand inside the decoder keep theirs: a model inside it without causal self-attention is passed over.
+    """
+    layers = {id(layer) for _, layer in self_attentions(model)}
+
+    def inside(parent: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
         for name, module in parent.named_children():
-            stands_in = isinstance(module, (NoPositions, NoRotation))
-            if stands_in or name in _TABLE_NAMES or _is_rotary(module):
+            if isinstance(module, (NoPositions, NoRotation)) or name in _TABLE_NAMES or _is_rotary(module):
                 yield parent, name, module
+            elif not isinstance(module, PreTrainedModel) or any(id(part) in layers for part in module.modules()):
+                yield from inside(module)
+
+    yield from inside(text_decoder(model))
 
 
 def _is_rotary(module: nn.Module) -> bool:

@@ -41,8 +41,10 @@ def text_config(config: PreTrainedConfig) -> Any:
 
 def num_heads(config: Any) -> int:
     """Heads of each self-attention layer of a text decoder."""
-    own = getattr(config, "decoder_attention_heads", None)
-    return int(config.num_attention_heads if own is None else own)
+    for name in ("decoder_attention_heads", "num_attention_heads"):
+        if getattr(config, name, None) is not None:
+            return int(getattr(config, name))
+    raise ValueError(f"no ALiBi for model_type {config.model_type!r}: its config has no number of attention heads")
 
 
 def check_slopes(slopes: Any, heads: int) -> None:
@@ -91,8 +93,9 @@ class Converted(PreTrainedConfig):
         own = cls.model_type
         found = config.get("model_type", own)
         if found not in (own, own.removeprefix("alibi_")):
+            then = "" if found.startswith("alibi_") else " and convert it with hf_alibi.apply_alibi"
             raise ValueError(
-                f"a checkpoint of model_type {found!r} cannot be loaded as {own!r}; load it with AutoModel"
+                f"a checkpoint of model_type {found!r} cannot be loaded as {own!r}; load it with AutoModel{then}"
             )
         return {**config, "model_type": own}, rest
 
@@ -132,8 +135,23 @@ class AlibiConfig(Converted):
             raise ValueError("ALiBi is for causal attention, but the config says is_causal=False")
 
 
+def _of_the_language_model(field: str) -> property:
+    def get(config: PreTrainedConfig) -> Any:
+        return getattr(text_config(config), field)
+
+    def put(config: PreTrainedConfig, value: Any) -> None:
+        setattr(text_config(config), field, value)
+
+    return property(get, put, doc=f"`{field}` of the language model's config.")
+
+
 class AlibiCompositeConfig(Converted):
     """A config of several models, of which the language model has ALiBi: the `alibi_*` fields are in its config."""
+
+    alibi_slopes = _of_the_language_model("alibi_slopes")
+    alibi_train_length = _of_the_language_model("alibi_train_length")
+    alibi_scaling = _of_the_language_model("alibi_scaling")
+    alibi_tolerance = _of_the_language_model("alibi_tolerance")
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Make the parts, as transformers does, and the language model's an ALiBi config."""
@@ -203,5 +221,5 @@ def __getattr__(name: str) -> Any:
             "model_type": f"alibi_{stock.model_type}",
         },
     )
-    globals()[name] = strict(made)
-    return globals()[name]
+    # Another thread may have made it meanwhile.
+    return globals().setdefault(name, strict(made))

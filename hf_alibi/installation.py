@@ -77,7 +77,8 @@ def install_alibi(
         if isinstance(positions, (NoPositions, NoRotation)):
             continue
         rotary = any(buffer.endswith("inv_freq") for buffer, _ in positions.named_buffers())
-        setattr(parent, name, NoRotation(positions) if rotary else NoPositions())
+        stand_in = NoRotation(positions) if rotary else NoPositions()
+        setattr(parent, name, stand_in.train(positions.training))
         if "token_type_ids" in parent._buffers:
             parent.register_forward_pre_hook(_of_any_length, with_kwargs=True)
     for _, name, positions in position_modules(model):

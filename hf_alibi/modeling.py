@@ -176,5 +176,5 @@ def __getattr__(name: str) -> Any:
     if stock.__name__.startswith("GPT2"):
         # transformers does not offer what GPT-2's self-attention can do.
         members.update(_supports_flex_attn=True)
-    globals()[name] = type(name, (AlibiModel, stock), members)
-    return globals()[name]
+    # Another thread may have made it meanwhile.
+    return globals().setdefault(name, type(name, (AlibiModel, stock), members))

@@ -78,11 +78,16 @@ class _Falcon:
         alibi: Tensor | None,
         attention_mask: Tensor | None,
         layer_past: Any = None,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """(batch, tokens, width) through projections and ALiBi attention; rotary positions are left out."""
+        """(batch, tokens, width) through projections and ALiBi attention."""
         states = self._split_heads(self.query_key_value(hidden_states))
         query, key, value = (state.transpose(1, 2) for state in states)
+        # At position 0 the sines are 0, and the cosines are what a scaling of rotary positions multiplies logits by.
+        cos = position_embeddings[0][:, None]
+        query, key = query * cos, key * cos
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
         output, weights = _attend(self, query, key, value, attention_mask)
@@ -113,11 +118,13 @@ def convert_own_attention(module: nn.Module) -> None:
 
 def __getattr__(name: str) -> Any:
     """The class of a form, made when it is first asked for; under its name here it can be pickled."""
+    if name in globals():
+        return globals()[name]
     stock = name.removeprefix("Alibi")
     if stock == name or stock not in _FORMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     source, form = _FORMS[stock]
     family_class = getattr(import_module(f"transformers.models.{source}"), stock)
     made = type(name, (form, family_class), {"__module__": __name__, "__doc__": f"`{stock}` with ALiBi."})
-    globals()[name] = made
-    return made
+    # Another thread may have made it meanwhile.
+    return globals().setdefault(name, made)

@@ -50,7 +50,7 @@ def apply_alibi(model: Model, *, slopes: Sequence[float] | None = None) -> Model
     with undone_on_error(model):
         _replace_configs(model, {id(stock): config, id(text_config(stock)): text_config(config)})
         install_alibi(model, model_class)
-        if not (is_listed(stock.model_type) or is_listed(text_config(stock).model_type)):
+        if not is_listed(stock.model_type):
             _prove(model, stock.model_type)
     return model
 

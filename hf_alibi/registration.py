@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -24,13 +23,13 @@ def register() -> None:
     `register` of the Auto classes would need the classes themselves, and with them the code of every family.
 
     transformers imports its tables when an Auto class is first used, and torch with them. Where that is still to
-    come, the names are written at that moment.
+    come, or comes again, the names are written at that moment.
     """
     for name, write in ((f"{_AUTO}.configuration_auto", _write_configs), (f"{_AUTO}.modeling_auto", _write_models)):
+        if not any(isinstance(finder, _AfterImport) and finder.name == name for finder in sys.meta_path):
+            sys.meta_path.insert(0, _AfterImport(name, write))
         if name in sys.modules:
             write(sys.modules[name])
-        elif not any(isinstance(finder, _AfterImport) and finder.name == name for finder in sys.meta_path):
-            sys.meta_path.insert(0, _AfterImport(name, write))
 
 
 class _AfterImport(MetaPathFinder):
@@ -41,11 +40,11 @@ class _AfterImport(MetaPathFinder):
         self.action = action
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """What the finders after this one give for the module, whose loader then calls the action as well."""
+        """What Python's finder of files gives for the module, with a loader that calls the action as well."""
         if name != self.name:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
+        # This finder stays: while threads walk through the list of finders, nothing may go from it.
+        spec = PathFinder.find_spec(name, path, target)
         loader: Any = None if spec is None else spec.loader
         if loader is None:
             return None

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from conftest import snapshot
+from tiny_models import make_sensitive, tiny_config
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoModelForSpeechSeq2Seq,
@@ -13,6 +15,8 @@ from transformers import (
     CLIPVisionConfig,
     EncoderDecoderConfig,
     EncoderDecoderModel,
+    EvollaForProteinText2Text,
+    Florence2ForConditionalGeneration,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     LlamaConfig,
@@ -35,6 +39,7 @@ from transformers import (
 
 import hf_alibi
 from hf_alibi.anatomy import position_modules, self_attentions, text_decoder
+from hf_alibi.configuration import text_config
 from hf_alibi.installation import LayerConfig
 
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -203,6 +208,40 @@ def test_generates_with_a_cache_what_it_computes_without():
     with_cache = model.generate(source, **options)
     assert with_cache.shape[1] > 40  # past the 16 rows that the table had
     assert torch.equal(with_cache, model.generate(source, use_cache=False, **options))
+
+
+@pytest.mark.parametrize(
+    ("model_class", "encoder"),
+    [
+        (Florence2ForConditionalGeneration, "model.language_model.encoder"),
+        (EvollaForProteinText2Text, "model.protein_encoder.model"),
+    ],
+)
+def test_encoders_inside_the_language_model_stay_as_they_are(model_class, encoder):
+    model = model_class._from_config(tiny_config(model_class.config_class)).eval()
+    make_sensitive(model, 0)
+    input_ids = torch.randint(3, 30, (1, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model.get_submodule(encoder)(input_ids=input_ids).last_hidden_state
+        hf_alibi.apply_alibi(model)
+        assert torch.equal(model.get_submodule(encoder)(input_ids=input_ids).last_hidden_state, before)
+    assert list(position_modules(model))
+    hf_alibi.verify_alibi(model)
+
+
+@pytest.mark.parametrize("name", ["llava", "idefics3", "bert2bert"])
+def test_fields_are_those_of_the_language_model(name, tmp_path):
+    model_class, config, auto_class, _ = MODELS[name]
+    hf_alibi.apply_alibi(built(model_class, config), slopes=[0.5, 0.25, 0.1, 0.0]).save_pretrained(tmp_path)
+    model = auto_class.from_pretrained(tmp_path, alibi_scaling={"type": "linear", "factor": 4.0})
+    assert model.config.alibi_slopes == text_config(model.config).alibi_slopes == [0.5, 0.25, 0.1, 0.0]
+    assert text_config(model.config).alibi_scaling == {"type": "linear", "factor": 4.0}
+    assert hf_alibi.verify_alibi(model)[0].slopes == pytest.approx([0.125, 0.0625, 0.025, 0.0])
+    assert not {field for field in model.config.to_dict() if field.startswith("alibi")}
+    with pytest.raises(Exception, match="nonsense"):
+        AutoConfig.from_pretrained(tmp_path, alibi_scaling={"type": "nonsense"})
+    with pytest.raises(ValueError, match="3 values, but the model has 4 heads"):
+        auto_class.from_pretrained(tmp_path, alibi_slopes=[0.1, 0.2, 0.3])
 
 
 @pytest.mark.parametrize(

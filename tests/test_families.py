@@ -6,6 +6,7 @@ model, without positions, and by the slopes of the paper.
 
 import copy
 import inspect
+import pickle
 import re
 from contextlib import contextmanager
 
@@ -418,3 +419,41 @@ def test_at_least_125_families():
     if not set(SUPPORTED) <= set(CAUSAL_TYPES):
         pytest.skip("this version of transformers lacks some")
     assert len(SUPPORTED) >= 125
+
+
+@pytest.mark.parametrize("family", ["codegen", "falcon", "gpt_neo", "gpt_neox_japanese", "gptj", "qwen3", "bert"])
+def test_whole_models_pickle_and_copy(family):
+    """Those whose attention is code of their own among them: one class for all layers of all models."""
+    hf_alibi.apply_alibi(stock_tiny(family))
+    model = hf_alibi.apply_alibi(stock_tiny(family))
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(logits(twin, tokens()), logits(model, tokens()))
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon", "qwen3", "mistral"])
+@pytest.mark.parametrize("scaling", ["yarn", "dynamic"])
+def test_scaled_rotary_positions_leave_their_temperature_and_nothing_else(family, scaling):
+    """Far beyond the length where the scaling begins."""
+    rope = {"rope_type": scaling, "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    changes = {"rope_parameters": rope, "max_position_embeddings": 64}
+    heads = stock_tiny(family).config.num_attention_heads
+    model = hf_alibi.apply_alibi(stock_tiny(family, **changes), slopes=[0.0] * heads)
+    input_ids = torch.randint(FIRST_TOKEN, VOCABULARY, (1, 300), generator=torch.Generator().manual_seed(0))
+    stock = without_positions(stock_tiny(family, **changes))
+    assert difference(logits(model, input_ids), logits(stock, input_ids)) < ROUNDING
+    plain = hf_alibi.apply_alibi(stock_tiny(family, max_position_embeddings=64), slopes=[0.0] * heads)
+    changed = (logits(plain, input_ids) - logits(model, input_ids)).abs().max()
+    assert (changed > 0.01) == (scaling == "yarn")
+
+
+def test_no_positions_where_layers_have_different_numbers_of_heads():
+    layers = {"num_attention_heads_per_layer": [4, 8]}
+    model = hf_alibi.apply_alibi(stock_tiny("laguna", **layers), slopes=[0.0] * 4)
+    assert [len(report.slopes) for report in hf_alibi.verify_alibi(model)] == [4, 8]
+    model = hf_alibi.apply_alibi(stock_tiny("laguna", **layers))
+    for report, heads in zip(hf_alibi.verify_alibi(model), (4, 8), strict=True):
+        assert report.slopes == pytest.approx(slopes(heads).tolist(), rel=1e-4)
+    model = hf_alibi.apply_alibi(stock_tiny("laguna", **layers), slopes=[0.5, 0.1, 0.2, 0.3])
+    with pytest.raises(ValueError, match="attention with 8 heads got 4 ALiBi slopes"):
+        logits(model, tokens())

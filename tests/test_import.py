@@ -69,6 +69,44 @@ def test_classes_pickle_and_copy(name):
     assert run(f"import pickle; print(pickle.loads({pickle.dumps(made)!r}).__name__)") == name
 
 
+def test_threads_that_ask_at_once_get_one_class():
+    code = """
+import sys, threading
+import hf_alibi.modeling
+sys.setswitchinterval(1e-6)
+barrier, made = threading.Barrier(8), []
+def ask():
+    barrier.wait()
+    made.append(hf_alibi.AlibiLlamaForCausalLM)
+threads = [threading.Thread(target=ask) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(len(set(made)))
+"""
+    assert run(code) == "1"
+
+
+@pytest.mark.parametrize("module", ["configuration_auto", "modeling_auto"])
+def test_asking_where_a_module_is_and_loading_it_again_loses_nothing(module):
+    """And while another thread walks through the finders, none goes from their list."""
+    code = f"""
+import importlib, importlib.util, sys
+import hf_alibi
+importlib.util.find_spec("transformers.models.auto.{module}")
+finders = list(sys.meta_path)
+import transformers
+from transformers.models.auto import {module}
+importlib.reload({module})
+assert transformers.AutoConfig.for_model("alibi_llama").model_type == "alibi_llama"
+assert {module}.__name__ == "transformers.models.auto.{module}"
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as names
+assert names["alibi_llama"] == "AlibiLlamaForCausalLM"
+assert [finder for finder in finders if finder not in sys.meta_path] == []
+print("done")
+"""
+    assert run(code) == "done"
+
+
 def test_configs_pickle_and_copy():
     config = hf_alibi.AlibiGemma3TextConfig(num_attention_heads=4, alibi_slopes=[0.5, 0.1, 0.02, 0.0])
     for twin in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):

@@ -132,6 +132,19 @@ def test_refuses_a_class_without_alibi_form():
     fails(Mine(stock_config("gpt2")), ValueError, "no ALiBi form of .*Mine: it is no class of transformers")
 
 
+def test_refuses_a_decoder_without_a_number_of_heads():
+    model = stock_model("llama")
+    before = type(model.config).__getattribute__
+
+    class Headless(type(model.config)):
+        def __getattribute__(self, name):
+            return None if name == "num_attention_heads" else before(self, name)
+
+    model.config.__class__ = Headless
+    with pytest.raises(ValueError, match="no number of attention heads"):
+        hf_alibi.apply_alibi(model)
+
+
 def test_refuses_what_is_no_model():
     with pytest.raises(TypeError, match="PreTrainedModel, got Linear"):
         hf_alibi.apply_alibi(torch.nn.Linear(2, 2))

@@ -36,7 +36,8 @@ def eager_alibi_attention(
         kwargs: `softcap`, which bounds the logits before the bias is added (Gemma 2); `s_aux`, (heads,), the logit of
             a sink that takes a share of each query's weights (gpt-oss).
 
-    Returns the output (batch, queries, heads, head_dim) and the weights (batch, heads, queries, keys).
+    Returns the output (batch, queries, heads, head_dim) and the weights (batch, heads, queries, keys), of which a row
+    sums to less than 1 where a sink takes its share.
     """
     refuse_unsupported("eager", module, kwargs, supported=("softcap", "s_aux"))
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")

@@ -56,7 +56,10 @@ def head_slopes(module: nn.Module, query: HasShape, value: HasShape, device: tor
     heads = query.shape[1]
     total, first = own_heads(module, heads, value.shape[-1])
     if slopes is not None and total != len(slopes):
-        raise ValueError(f"attention with {total} heads got {len(slopes)} ALiBi slopes")
+        if any(slopes):
+            raise ValueError(f"attention with {total} heads got {len(slopes)} ALiBi slopes")
+        # No positions at all, in a family whose layers have different numbers of heads.
+        slopes = [0.0] * total
     scaling = config.alibi_scaling
     # Scaling looks at all heads of the layer, wherever they are.
     per_head = _per_head(

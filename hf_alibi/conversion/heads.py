@@ -80,6 +80,6 @@ def head_parameters(attention: nn.Module) -> dict[str, nn.Parameter]:
 
 def _moved(parameter: Tensor, dim: int, order: Tensor) -> Tensor:
     """A parameter whose dimension `dim` is one block a head, with the blocks in another order."""
-    return (
-        parameter.unflatten(dim, (len(order), -1)).index_select(dim, order.to(parameter.device)).flatten(dim, dim + 1)
-    )
+    heads: Any = parameter.unflatten(dim, (len(order), -1))
+    moved: Tensor = heads.index_select(dim, order.to(parameter.device)).flatten(dim, dim + 1)
+    return moved
