@@ -273,6 +273,7 @@ def test_output_attentions_are_the_weights_of_the_bias(family, backend):
 
 
 def test_compiles_to_one_graph(family):
+    torch.compiler.reset()  # or the limit of compilations counts those of other tests
     model, input_ids = alibi_model(family, 4), tokens(2, 24)
     mask = torch.ones_like(input_ids)
     mask[0, :5] = 0
@@ -283,6 +284,7 @@ def test_compiles_to_one_graph(family):
 
 
 def test_compiles_a_training_step_to_one_graph(family):
+    torch.compiler.reset()  # or the limit of compilations counts those of other tests
     model, input_ids = alibi_model(family, 4), tokens(2, 24)
     torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids, labels=input_ids).loss.backward()
     gradients = [p.grad.clone() for p in model.parameters()]
@@ -294,6 +296,7 @@ def test_compiles_a_training_step_to_one_graph(family):
 @pytest.mark.slow
 def test_compiles_with_inductor(family):
     """The default compiler, forward and backward."""
+    torch.compiler.reset()  # or the limit of compilations counts those of other tests
     model, input_ids = alibi_model(family, 4), tokens(2, 24)
     compiled = torch.compile(model, fullgraph=True)
     compiled(input_ids, labels=input_ids).loss.backward()

@@ -179,6 +179,7 @@ def test_drafted_tokens_change_nothing(model_type):
 
 @pytest.mark.parametrize("model_type", FAMILIES[2:])  # for the others see test_models
 def test_compiles_to_one_graph(model_type):
+    torch.compiler.reset()  # or the limit of compilations counts those of other tests
     model, input_ids = converted(model_type), tokens(2, 24)
     mask = left_padding(input_ids, 5)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -448,10 +448,13 @@ def test_any_data_stays_within_the_tolerance(data, size, tolerance):
     assert weights.masked_fill(read, 0.0).sum(-1).max() <= share
 
     largest_value = inputs[2].norm(dim=-1).max()
-    if sizes_of_logits(wide[0], wide[1], slopes, weights).max() > 1e5:
+    size = sizes_of_logits(wide[0], wide[1], slopes, weights).max()
+    if size > 1e5:
         # Rounding of the logits then decides between keys, in plain attention as well.
         assert (results[0].norm(dim=-1) <= 1.001 * largest_value).all()
-        assert all(result.isfinite().all() for result in results)
+        # A backward pass takes the weights as exp(logit - lse). Where that rounds by 88 nats it overflows, in PyTorch's
+        # kernels as well.
+        assert torch.finfo(torch.float32).eps * size > 40 or all(result.isfinite().all() for result in results)
         return
     truths = with_gradients(lambda *x: restricted(*x, slopes, read), wide, upstream.double())
     bounds = rounding(*wide, slopes, upstream.double())
