@@ -66,10 +66,11 @@ _REFUSED = {
 
 
 def refusal(config: Any) -> str | None:
-    """Why a model of this config is not converted; None where nothing speaks against it."""
-    if config.model_type == "falcon" and config.alibi:
+    """Why a model of this config, or its ALiBi form, is not converted; None where nothing speaks against it."""
+    model_type = str(config.model_type).removeprefix("alibi_")
+    if model_type == "falcon" and config.alibi:
         return _OWN_BIAS
-    return _REFUSED.get(str(config.model_type))
+    return _REFUSED.get(model_type)
 
 
 @dataclass(frozen=True, repr=False)

@@ -16,10 +16,11 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from .anatomy import position_modules, self_attentions, text_decoder
 from .attention import alibi_name
 from .configuration import Converted, text_config
+from .families import refusal
 from .own_attention import convert_own_attention
 from .positions import NoPositions, NoRotation
 
-__all__ = ["LayerConfig", "install_alibi", "undone_on_error"]
+__all__ = ["LayerConfig", "check_attention", "check_family", "install_alibi", "undone_on_error"]
 
 
 class LayerConfig:
@@ -48,6 +49,20 @@ class LayerConfig:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+
+
+def check_family(config: Any) -> None:
+    """Raise ValueError, with the reason, for a config, or the ALiBi form of one, whose family is refused."""
+    reason = refusal(text_config(config)) or refusal(config)
+    if reason is not None:
+        model_type = str(config.model_type).removeprefix("alibi_")
+        raise ValueError(f"no ALiBi for model_type {model_type!r}: {reason}; see hf_alibi.supported_families()")
+
+
+def check_attention(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model without any layer that ALiBi could be in."""
+    if not any(True for _ in self_attentions(model)):
+        raise ValueError(f"{type(model).__name__} has no causal self-attention that ALiBi could be added to")
 
 
 def install_alibi(

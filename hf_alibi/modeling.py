@@ -15,7 +15,7 @@ from .attention import check_backend
 from .attention.paged import WITHOUT_PAGED_CACHE
 from .cache import AlibiCache
 from .configuration import Converted, text_config
-from .installation import install_alibi
+from .installation import check_attention, check_family, install_alibi
 from .own_attention import is_own_attention
 from .registration import register_conversions
 
@@ -42,6 +42,7 @@ class AlibiModel:
             )
         # Again: fields may have been changed since the config was made, such as by from_pretrained's arguments.
         config.validate_alibi()
+        check_family(config)
         # Parts are first built as transformers' own, and its GPT-2 refuses flex_attention.
         flex = config._attn_implementation == "flex_attention"
         try:
@@ -51,6 +52,7 @@ class AlibiModel:
         finally:
             if flex:
                 config._attn_implementation = "flex_attention"
+        check_attention(self)
         install_alibi(self, model_class)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .anatomy import is_alibi, self_attentions
+from .anatomy import is_alibi
 from .attention import check_backend
 from .configuration import alibi_config, check_slopes, num_heads, text_config
-from .families import is_listed, refusal
-from .installation import install_alibi, undone_on_error
+from .families import is_listed
+from .installation import check_attention, check_family, install_alibi, undone_on_error
 from .modeling import model_class
 from .verification import verify_alibi
 
@@ -78,13 +78,10 @@ def _check(model: PreTrainedModel) -> None:
     stock: Any = model.config
     if is_alibi(stock):
         raise ValueError(f"{type(model).__name__} already has ALiBi; change config.alibi_slopes to change its slopes")
-    reason = refusal(text_config(stock)) or refusal(stock)
-    if reason is not None:
-        raise ValueError(f"no ALiBi for model_type {stock.model_type!r}: {reason}; see hf_alibi.supported_families()")
+    check_family(stock)
     if model_class(type(model)) is None:
         raise ValueError(
             f"no ALiBi form of {type(model).__module__}.{type(model).__name__}: it is no class of transformers' own"
         )
-    if not list(self_attentions(model)):
-        raise ValueError(f"{type(model).__name__} has no causal self-attention that ALiBi could be added to")
+    check_attention(model)
     check_backend(text_config(stock)._attn_implementation)

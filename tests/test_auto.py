@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from conftest import stock_config, stock_model, tokens
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors import safe_open
@@ -223,3 +224,24 @@ def test_without_the_package_loading_fails_clearly(family, tmp_path):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode != 0
     assert f"alibi_{family}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("BloomForCausalLM", "no ALiBi for model_type 'bloom': its attention has a bias by distance already"),
+        ("MambaForCausalLM", "no ALiBi for model_type 'mamba': no attention"),
+        ("BertModel", "AlibiBertModel has no causal self-attention"),
+        ("ViTModel", "no causal self-attention"),
+    ],
+)
+def test_classes_of_refused_families_cannot_be_built(name, message, tmp_path):
+    """They exist by name, but a model of them would run without this package's bias."""
+    stock = getattr(transformers, name)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = stock.config_class(**sizes)
+    stock(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        getattr(hf_alibi, f"Alibi{name}").from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        getattr(hf_alibi, f"Alibi{name}")(getattr(hf_alibi, f"Alibi{type(config).__name__}")(**sizes))
