@@ -3,7 +3,12 @@
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+# The same examples at every run; `--hypothesis-profile=default` draws new ones.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 VOCABULARY = 64
 FAMILIES = ("gpt2", "llama")

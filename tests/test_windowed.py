@@ -459,7 +459,8 @@ def test_any_data_stays_within_the_tolerance(data, size, tolerance):
     truths = with_gradients(lambda *x: restricted(*x, slopes, read), wide, upstream.double())
     bounds = rounding(*wide, slopes, upstream.double())
     for ours, truth, bound in zip(results, truths, bounds, strict=True):
-        assert ((ours - truth).norm(dim=-1) <= 8 * bound).all()
+        # Numbers below float32's normal ones are rounded to multiples of the smallest.
+        assert ((ours - truth).norm(dim=-1) <= 8 * bound + torch.finfo(torch.float32).tiny).all()
     error = (results[0] - truth_of(*wide, slopes)).norm(dim=-1)
     assert (error <= 2 * share * largest_value + 8 * bounds[0]).all()
 
