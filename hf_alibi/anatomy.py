@@ -17,6 +17,7 @@ from .positions import NoPositions, NoRotation
 __all__ = [
     "has_no_positions",
     "is_alibi",
+    "is_rotary",
     "position_limit",
     "position_modules",
     "self_attentions",
@@ -83,7 +84,7 @@ def position_modules(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, n
 
     def inside(parent: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
         for name, module in parent.named_children():
-            if isinstance(module, (NoPositions, NoRotation)) or name in _TABLE_NAMES or _is_rotary(module):
+            if isinstance(module, (NoPositions, NoRotation)) or name in _TABLE_NAMES or is_rotary(module):
                 yield parent, name, module
             elif not isinstance(module, PreTrainedModel) or any(id(part) in layers for part in module.modules()):
                 yield from inside(module)
@@ -91,7 +92,8 @@ def position_modules(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, n
     yield from inside(text_decoder(model))
 
 
-def _is_rotary(module: nn.Module) -> bool:
+def is_rotary(module: nn.Module) -> bool:
+    """Whether a module makes the rotations of queries and keys."""
     buffers = module.named_buffers(recurse=False)
     return "Rotary" in type(module).__name__ and any(name.endswith("inv_freq") for name, _ in buffers)
 

@@ -148,11 +148,6 @@ def _of_the_language_model(field: str) -> property:
 class AlibiCompositeConfig(Converted):
     """A config of several models, of which the language model has ALiBi: the `alibi_*` fields are in its config."""
 
-    alibi_slopes = _of_the_language_model("alibi_slopes")
-    alibi_train_length = _of_the_language_model("alibi_train_length")
-    alibi_scaling = _of_the_language_model("alibi_scaling")
-    alibi_tolerance = _of_the_language_model("alibi_tolerance")
-
     def __post_init__(self, **kwargs: Any) -> None:
         """Make the parts, as transformers does, and the language model's an ALiBi config."""
         super().__post_init__(**kwargs)
@@ -163,6 +158,11 @@ class AlibiCompositeConfig(Converted):
     def validate_alibi(self) -> None:
         """As that of the language model."""
         text_config(self).validate_alibi()
+
+
+_FIELDS = tuple(AlibiConfig.__annotations__)
+for _field in _FIELDS:
+    setattr(AlibiCompositeConfig, _field, _of_the_language_model(_field))
 
 
 def alibi_config(stock: PreTrainedConfig, slopes: list[float] | None = None) -> Any:
@@ -185,9 +185,6 @@ def alibi_config(stock: PreTrainedConfig, slopes: list[float] | None = None) -> 
             config.alibi_slopes = slopes
     config.validate_alibi()
     return config
-
-
-_FIELDS = tuple(AlibiConfig.__annotations__)
 
 
 def config_class(stock: type[PreTrainedConfig]) -> type[Converted]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from textwrap import fill, indent
 from typing import Any
 
-__all__ = ["FamilyTable", "is_listed", "refusal", "scales_by_position", "supported_families"]
+__all__ = ["FamilyTable", "is_listed", "refusal", "scales_by_position", "stock_type", "supported_families"]
 
 # By what `apply_alibi` takes out of the self-attention of the model type.
 _POSITIONS = {
@@ -65,9 +65,14 @@ _REFUSED = {
 }
 
 
+def stock_type(config: Any) -> str:
+    """The model type of an unconverted config, or the one that a converted config had."""
+    return str(config.model_type).removeprefix("alibi_")
+
+
 def refusal(config: Any) -> str | None:
     """Why a model of this config, or its ALiBi form, is not converted; None where nothing speaks against it."""
-    model_type = str(config.model_type).removeprefix("alibi_")
+    model_type = stock_type(config)
     if model_type == "falcon" and config.alibi:
         return _OWN_BIAS
     return _REFUSED.get(model_type)
@@ -127,7 +132,7 @@ def is_listed(model_type: str) -> bool:
 
 def scales_by_position(config: Any) -> bool:
     """Whether the family scales queries by their position: a temperature for long contexts, which stays."""
-    return str(config.model_type).removeprefix("alibi_") == "beam"
+    return stock_type(config) == "beam"
 
 
 def _names(rows: dict[str, str], what: str, quote: str = "") -> str:

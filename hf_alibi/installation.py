@@ -13,10 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from .anatomy import position_modules, self_attentions, text_decoder
+from .anatomy import is_rotary, position_modules, self_attentions, text_decoder
 from .attention import alibi_name
 from .configuration import Converted, text_config
-from .families import refusal
+from .families import refusal, stock_type
 from .own_attention import convert_own_attention
 from .positions import NoPositions, NoRotation
 
@@ -55,8 +55,7 @@ def check_family(config: Any) -> None:
     """Raise ValueError, with the reason, for a config, or the ALiBi form of one, whose family is refused."""
     reason = refusal(text_config(config)) or refusal(config)
     if reason is not None:
-        model_type = str(config.model_type).removeprefix("alibi_")
-        raise ValueError(f"no ALiBi for model_type {model_type!r}: {reason}; see hf_alibi.supported_families()")
+        raise ValueError(f"no ALiBi for model_type {stock_type(config)!r}: {reason}; see hf_alibi.supported_families()")
 
 
 def check_attention(model: PreTrainedModel) -> None:
@@ -89,14 +88,12 @@ def install_alibi(
             part.loss_type = "ForCausalLM"
     ignored = set()
     for parent, name, positions in list(position_modules(model)):
-        if isinstance(positions, (NoPositions, NoRotation)):
-            continue
-        rotary = any(buffer.endswith("inv_freq") for buffer, _ in positions.named_buffers())
-        stand_in = NoRotation(positions) if rotary else NoPositions()
-        setattr(parent, name, stand_in.train(positions.training))
-        if "token_type_ids" in parent._buffers:
-            parent.register_forward_pre_hook(_of_any_length, with_kwargs=True)
-    for _, name, positions in position_modules(model):
+        if not isinstance(positions, (NoPositions, NoRotation)):
+            stand_in = NoRotation(positions) if is_rotary(positions) else NoPositions()
+            positions = stand_in.train(positions.training)
+            setattr(parent, name, positions)
+            if "token_type_ids" in parent._buffers:
+                parent.register_forward_pre_hook(_of_any_length, with_kwargs=True)
         if isinstance(positions, NoPositions):
             # A plain checkpoint brings its table along; that it is not loaded is the point.
             ignored.add(rf"(^|\.){re.escape(name)}\.")

@@ -15,6 +15,7 @@ from .attention import check_backend
 from .attention.paged import WITHOUT_PAGED_CACHE
 from .cache import AlibiCache
 from .configuration import Converted, text_config
+from .families import stock_type
 from .installation import check_attention, check_family, install_alibi
 from .own_attention import is_own_attention
 from .registration import register_conversions
@@ -95,9 +96,8 @@ class AlibiModel:
                 "continuous batching of ALiBi models works with attn_implementation 'sdpa' and 'eager', this model has "
                 f"{name!r}; call model.set_attn_implementation('sdpa') first"
             )
-        stock_type = str(text_config(self.config).model_type).removeprefix("alibi_")
         own = any(is_own_attention(layer) for _, layer in self_attentions(self))
-        if own or stock_type in WITHOUT_PAGED_CACHE:
+        if own or stock_type(text_config(self.config)) in WITHOUT_PAGED_CACHE:
             raise ValueError(
                 f"{type(self).__name__} has no continuous batching: its attention layers do not use the paged cache "
                 "rightly, unconverted neither; use generate"

@@ -21,6 +21,7 @@ from transformers.models.auto.auto_factory import _LazyAutoMapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from . import configuration, modeling
+from .families import stock_type
 from .registration import register
 
 __all__ = ["code_files", "saving_code"]
@@ -96,7 +97,7 @@ def _uploaded_as_new(model: Any) -> Iterator[None]:
 
 def _auto_map(model: PreTrainedModel) -> dict[str, str]:
     """From each Auto class whose table holds the class of `model`, or the family's base model, to where that stands."""
-    kind = str(model.config.model_type).removeprefix("alibi_")
+    kind = stock_type(model.config)
     # FSDP puts its own name before that of the class.
     own = type(model).__name__.removeprefix("FSDP").removeprefix("Alibi")
     tables = {
