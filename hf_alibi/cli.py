@@ -1,9 +1,10 @@
-"""The command line: `hf-alibi finetune CONFIG.yaml ...`, and likewise `extrapolate` and `benchmark`."""
+"""The command line: `hf-alibi convert CONFIG.yaml ...`, and likewise the other commands."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -15,6 +16,7 @@ _USAGE = """\
 usage: hf-alibi COMMAND CONFIG.yaml [--field value ...]
 
 commands:
+  convert       turn a pretrained model into an ALiBi model by the whole recipe, and compare
   finetune      convert a model to ALiBi (or leave it alone) and train it
   extrapolate   perplexity of trained models at lengths beyond training
   benchmark     time and memory of ALiBi against what a model used before
@@ -55,26 +57,56 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 # The commands import what they need when they run: --help and usage errors need no torch.
-def _finetune(argv: Sequence[str]) -> None:
-    from accelerate import PartialState  # type: ignore[import-untyped]
+def _convert(argv: Sequence[str]) -> None:
     from transformers.utils.logging import disable_progress_bar
 
-    from .plots import loss_curve
+    from .converting import perplexity_ratio, run
+
+    disable_progress_bar()
+    result = run(argv)
+    if not _is_main_process():
+        return
+    for name in ("training", "control"):
+        if result[name] is not None:
+            _conclude(result[name])
+    ratio = perplexity_ratio(result)
+    if ratio is not None:
+        _print(f"held-out perplexity of the converted model is {ratio:.3f} times that of the control")
+
+
+def _finetune(argv: Sequence[str]) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
     from .training import finetune
 
     disable_progress_bar()  # of loading and writing files; training has its own
     metrics = finetune(argv)
-    if not PartialState().is_main_process:
-        return
-    out = Console(markup=False, highlight=False, soft_wrap=True)
+    if _is_main_process():
+        _conclude(metrics)
+
+
+def _conclude(metrics: Mapping[str, Any]) -> None:
+    """Draw the loss curve of a run and print how it ended."""
+    from .plots import loss_curve
+
     output_dir = Path(metrics["config"]["output_dir"])
     try:
         loss_curve(metrics, output_dir / "loss.png")
     except InputError as error:  # no matplotlib: the run itself is complete
-        out.print(f"no loss.png: {error}")
+        _print(f"no loss.png: {error}")
     if metrics["eval_loss"] is not None:
-        out.print(f"held-out loss {metrics['eval_loss']:.4f} nats per token after {metrics['steps']} steps")
-    out.print(f"saved to {output_dir}")
+        _print(f"held-out loss {metrics['eval_loss']:.4f} nats per token after {metrics['steps']} steps")
+    _print(f"saved to {output_dir}")
+
+
+def _is_main_process() -> bool:
+    from accelerate import PartialState  # type: ignore[import-untyped]
+
+    return bool(PartialState().is_main_process)
+
+
+def _print(text: str) -> None:
+    Console(markup=False, highlight=False, soft_wrap=True).print(text)
 
 
 def _extrapolate(argv: Sequence[str]) -> None:
@@ -93,6 +125,7 @@ def _benchmark(argv: Sequence[str]) -> None:
 
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "convert": _convert,
     "finetune": _finetune,
     "extrapolate": _extrapolate,
     "benchmark": _benchmark,

@@ -81,16 +81,16 @@ class TokenBlocks(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def __init__(self, tokens: Tensor, block_size: int) -> None:
         count = tokens.numel() // block_size
-        self._blocks = tokens[: count * block_size].view(count, block_size)
+        self.input_ids = tokens[: count * block_size].view(count, block_size)
 
     def __len__(self) -> int:
-        return self._blocks.shape[0]
+        return self.input_ids.shape[0]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        labels = self._blocks[index].clone()
+        labels = self.input_ids[index].clone()
         # Nothing predicts a block's first token. Models skip it, but Trainer would count it in its mean.
         labels[0] = -100
-        return {"input_ids": self._blocks[index], "labels": labels}
+        return {"input_ids": self.input_ids[index], "labels": labels}
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,7 +14,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from .errors import InputError
 
-__all__ = ["load_settings", "one_line", "read_yaml", "resolve_settings", "save_settings"]
+__all__ = ["load_settings", "make_settings", "one_line", "read_yaml", "resolve_settings", "save_settings"]
 
 # An action, a secret, a process number, a consequence of eval_strategy: not needed to repeat a run.
 _NOT_SAVED = frozenset({"resume_from_checkpoint", "hub_token", "local_rank", "do_eval"})
@@ -38,16 +38,25 @@ def load_settings(classes: Sequence[type[Any]], argv: Sequence[str]) -> tuple[An
     one instance of each, in their order. Raises InputError for no or an unreadable YAML file, an unknown
     field, and a value that its field cannot take.
     """
-    parser = _Parser(classes)
     if {"-h", "--help"} & set(argv):
-        parser.print_help()
+        _Parser(classes).print_help()
         raise SystemExit(0)
     if not argv or argv[0].startswith("-"):
         raise InputError("no configuration file given; the first argument must be a YAML file, then --field value")
-    config, overrides = argv[0], list(argv[1:])
+    return make_settings(classes, read_yaml(argv[0]), argv[1:], source=argv[0])
+
+
+def make_settings(
+    classes: Sequence[type[Any]], values: Mapping[str, Any], argv: Sequence[str] = (), *, source: str = "the arguments"
+) -> tuple[Any, ...]:
+    """Fill dataclasses from `values`, which come from `source`, and `--field value ...`, which win.
+
+    Returns and raises what `load_settings` does.
+    """
+    parser = _Parser(classes)
+    values, overrides = dict(values), list(argv)
     fields = [field.name for cls in classes for field in dataclasses.fields(cls) if field.init]
-    values = read_yaml(config)
-    _require_known(values, fields, source=config)
+    _require_known(values, fields, source=source)
     negations = [f"no_{name}" for name in fields]
     given = [word[2:].split("=", 1)[0].replace("-", "_") for word in overrides if word.startswith("--")]
     _require_known((name for name in given if name not in negations), fields, source="the command line")
@@ -61,7 +70,7 @@ def load_settings(classes: Sequence[type[Any]], argv: Sequence[str]) -> tuple[An
     except InputError:
         raise
     except (ValueError, TypeError) as error:
-        raise InputError(f"bad value in {config} or on the command line: {one_line(error)}") from error
+        raise InputError(f"bad value in {source} or on the command line: {one_line(error)}") from error
     if rest:
         raise InputError(
             f"cannot place {' '.join(rest)!r}: every value follows its --field, and only lists take several"

@@ -26,6 +26,8 @@ from transformers import (
 
 from .anatomy import has_no_positions, is_alibi, position_limit
 from .checkpoints import STATE_FILE, is_complete, last_complete_checkpoint
+from .configuration import num_heads, text_config
+from .conversion.recipe import ConversionArguments, convert_model
 from .data import (
     DataArguments,
     TokenBlocks,
@@ -67,6 +69,9 @@ class FinetuneArguments:
         metadata={"help": "alibi converts the model, original leaves it alone, nope removes all positions."},
     )
     block_size: int = field(default=512, metadata={"help": "Training length in tokens."})
+    budget_tokens: int | None = field(
+        default=None, metadata={"help": "Training tokens in all, instead of max_steps or num_train_epochs."}
+    )
     attn_implementation: str | None = field(
         default=None,
         metadata={"help": "Attention backend, such as eager or sdpa. Default: the library's choice."},
@@ -84,15 +89,19 @@ class FinetuneArguments:
             raise InputError(f"{given} of model_name_or_path and model_config given; give exactly one of them")
         if self.block_size < 2:
             raise InputError(f"block_size is {self.block_size}; it must be at least 2, one token to predict the next")
+        if self.budget_tokens is not None and self.budget_tokens < self.block_size:
+            raise InputError(f"budget_tokens is {self.budget_tokens}, less than one block of {self.block_size} tokens")
 
 
 def finetune(argv: Sequence[str]) -> dict[str, Any]:
     """Run `train` with the settings of `CONFIG.yaml --field value ...`."""
-    return train(*load_settings((FinetuneArguments, DataArguments, TrainingArguments), argv))
+    return train(*load_settings((FinetuneArguments, ConversionArguments, DataArguments, TrainingArguments), argv))
 
 
-def train(args: FinetuneArguments, data: DataArguments, training: TrainingArguments) -> dict[str, Any]:
-    """Train a model; write checkpoint, tokenizer, settings, metrics and model card to `training.output_dir`.
+def train(
+    args: FinetuneArguments, recipe: ConversionArguments, data: DataArguments, training: TrainingArguments
+) -> dict[str, Any]:
+    """Convert and train a model; write checkpoint, tokenizer, settings, metrics and model card to `output_dir`.
 
     Everything that can be wrong with the input is looked at before the first step, and nothing is written
     until then. With `resume_from_checkpoint` "true" the run goes on from its last complete checkpoint.
@@ -110,18 +119,23 @@ def train(args: FinetuneArguments, data: DataArguments, training: TrainingArgume
     with training.main_process_first(desc="loading data"):
         tokens = load_tokens(data, tokenizer)
     train_blocks, eval_blocks = _pack(tokens, args.block_size, needs_eval=training.eval_strategy != "no")
+    max_steps = _max_steps(args, training)
     set_seed(training.seed)
-    model = load_model(args, tokenizer, checkpoint=checkpoint)
-    _check_fits(model, tokens, args)
+    model = load_model(args, recipe, tokenizer, checkpoint=checkpoint)
+    _check_vocabulary(model, tokens)
+    conversion = _convert(model, args, recipe, train_blocks, training)
+    _check_length(model, args)
 
     if training.process_index == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
         with replacing(output_dir / _CONFIG_FILE) as path:
-            save_settings(path, (args, data, training))
+            save_settings(path, (args, recipe, data, training))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     blocks = f"{len(train_blocks):,} blocks of {args.block_size} tokens, {len(eval_blocks or ()):,} held out"
     console.print(f"{type(model).__name__}, {parameters:,} parameters, attention {args.attention}; {blocks}")
-    config = resolve_settings((args, data, training))
+    config = resolve_settings((args, recipe, data, training))
+    if max_steps is not None:
+        training.max_steps = max_steps
     trainer = make_trainer(model, tokenizer, training, train_blocks, eval_blocks)
     _run(trainer, checkpoint)
     eval_loss = _final_eval_loss(trainer) if eval_blocks is not None else None
@@ -134,7 +148,8 @@ def train(args: FinetuneArguments, data: DataArguments, training: TrainingArgume
         covered = tokens.held_out[: len(eval_blocks) * args.block_size]
         metrics["bits_per_byte"] = eval_loss / math.log(2) * covered.numel() / count_bytes(covered, tokenizer)
     metrics["seconds"] = round(time.monotonic() - started, 1)
-    metrics |= {"parameters": parameters, "config": config, "environment": environment(seed=training.seed)}
+    metrics |= {"parameters": parameters, "conversion": conversion, "config": config}
+    metrics |= {"environment": environment(seed=training.seed)}
     if trainer.is_world_process_zero():
         # Trainer's pickle of its arguments names this machine's folders; config.yaml says the same without.
         (output_dir / "training_args.bin").unlink(missing_ok=True)
@@ -146,14 +161,17 @@ def train(args: FinetuneArguments, data: DataArguments, training: TrainingArgume
 
 
 def load_model(
-    args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase, *, checkpoint: Path | None = None
+    args: FinetuneArguments,
+    recipe: ConversionArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    checkpoint: Path | None = None,
 ) -> PreTrainedModel:
-    """Load or build the model of a run and give it the attention asked for, verified.
+    """Load or build the model of a run, as it is before `args.attention` is given to it.
 
-    A fresh model takes vocabulary size and special tokens from `tokenizer`; `checkpoint` is one of this run,
-    to be taken instead of the model it started from. `args.block_size` becomes the training length in the
-    config of an ALiBi model. Raises InputError where the model cannot be loaded or built, or contradicts
-    `args.attention`.
+    A fresh model takes vocabulary size and special tokens from `tokenizer`; `checkpoint` is one of this run, to be
+    taken instead of the model it started from. Raises InputError where the model cannot be loaded or built, or
+    contradicts `args.attention` or the recipe.
     """
     if checkpoint is not None or args.model_name_or_path is not None:
         model = _load_pretrained(str(checkpoint or args.model_name_or_path), args)
@@ -161,23 +179,45 @@ def load_model(
         model = _build_fresh(args, tokenizer)
     if is_alibi(model.config):
         attention = "nope" if has_no_positions(model.config) else "alibi"
+        source = checkpoint or args.model_name_or_path or "model_config"
         if args.attention != attention:
-            source = checkpoint or args.model_name_or_path or "model_config"
             raise InputError(
                 f"attention is {args.attention}, but {source} is already converted; "
                 f"set attention: {attention}, or give the model as it was before"
             )
-    elif args.attention == "original":
-        return model
-    else:
-        heads = model.config.num_attention_heads
-        try:
-            apply_alibi(model, slopes=[0.0] * heads if args.attention == "nope" else None)
-        except ValueError as error:
-            raise InputError(f"cannot convert the model to ALiBi: {one_line(error)}") from error
+        if checkpoint is None and recipe.steps():
+            raise InputError(
+                f"{', '.join(recipe.steps())} given, but {source} is already converted; "
+                "leave them out, or give the model as it was before"
+            )
+    return model
+
+
+def _convert(
+    model: PreTrainedModel,
+    args: FinetuneArguments,
+    recipe: ConversionArguments,
+    blocks: TokenBlocks,
+    training: TrainingArguments,
+) -> dict[str, Any]:
+    """Give a loaded model the attention asked for, verified; what was done to it, for the metrics.
+
+    `args.block_size` becomes the training length in the config of an ALiBi model.
+    """
+    done: dict[str, Any] = {}
+    if args.attention == "original":
+        return done
+    try:
+        if not is_alibi(model.config) and args.attention == "nope":
+            apply_alibi(model, slopes=[0.0] * num_heads(text_config(model.config)))
+        elif not is_alibi(model.config):
+            model.to(training.device)
+            done = convert_model(model, blocks.input_ids, recipe, bf16=training.bf16, seed=training.seed)
+    except ValueError as error:
+        raise InputError(f"cannot convert the model to ALiBi: {one_line(error)}") from error
     model.config.alibi_train_length = args.block_size
     verify_alibi(model)
-    return model
+    return done
 
 
 def _wants_resume(training: TrainingArguments) -> bool:
@@ -277,7 +317,7 @@ def _check_config_fields(defaults: PretrainedConfig, given: dict[str, Any]) -> N
         )
 
 
-def _check_fits(model: PreTrainedModel, tokens: TokenSplit, args: FinetuneArguments) -> None:
+def _check_vocabulary(model: PreTrainedModel, tokens: TokenSplit) -> None:
     vocabulary = model.get_input_embeddings().num_embeddings
     largest = max(int(part.max()) for part in tokens if part.numel())
     if largest >= vocabulary:
@@ -285,12 +325,31 @@ def _check_fits(model: PreTrainedModel, tokens: TokenSplit, args: FinetuneArgume
             f"the tokenizer gives the token id {largest}, but the model embeds only {vocabulary} tokens; "
             "set tokenizer_name to the model's own tokenizer, or vocab_size in model_config"
         )
+
+
+def _check_length(model: PreTrainedModel, args: FinetuneArguments) -> None:
     limit = position_limit(model)
     if limit is not None and args.block_size > limit:
         raise InputError(
             f"block_size {args.block_size} is beyond the model's {limit} learned positions; "
             f"set block_size to at most {limit}, or attention: alibi, which has no limit"
         )
+
+
+def _max_steps(args: FinetuneArguments, training: TrainingArguments) -> int | None:
+    """Optimizer steps that `budget_tokens` are enough for; None where no budget is given."""
+    if args.budget_tokens is None:
+        return None
+    if training.max_steps > 0:
+        raise InputError("both budget_tokens and max_steps given; give one of them")
+    blocks = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    steps: int = args.budget_tokens // (blocks * args.block_size)
+    if steps < 1:
+        raise InputError(
+            f"budget_tokens {args.budget_tokens:,} are less than one step of {blocks * args.block_size:,} tokens; "
+            "set a larger budget, or per_device_train_batch_size and gradient_accumulation_steps smaller"
+        )
+    return steps
 
 
 def _run(trainer: Trainer, checkpoint: Path | None) -> None:

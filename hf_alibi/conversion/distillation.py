@@ -1,0 +1,258 @@
+"""Attention distillation: each self-attention layer learns, by itself, what it gave with the old positions.
+
+The inputs and outputs of each self-attention layer of the unconverted model are recorded on some text. Then each
+converted layer is fitted to them by itself: a small regression without the rest of the model, which costs a fraction of
+training on the same tokens. It is the idea of LinearARD (arXiv 2604.00004), there for scaled rotary positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+
+from ..anatomy import is_alibi, is_rotary, position_modules, self_attentions, text_decoder
+from ..configuration import text_config
+from ..modes import evaluation_mode
+
+__all__ = ["AttentionRecord", "LayerFit", "check_distillation", "distill_attention", "record_attention"]
+
+# What is recorded is kept in bfloat16: its rounding is far below any error that a fit leaves.
+_RECORD_DTYPE = torch.bfloat16
+# One block of so many is not fitted to and tells how good the fit is.
+_HELD_OUT = 16
+_WARMUP_STEPS = 10
+
+Item = TypeVar("Item")
+
+
+class AttentionRecord(NamedTuple):
+    """Inputs and outputs of one self-attention layer of the unconverted model, each (blocks, tokens, width)."""
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+class LayerFit(NamedTuple):
+    """Squared error of a converted layer, as a share of its target's, on blocks that it was not fitted to."""
+
+    before: float
+    after: float
+
+
+def check_distillation(model: PreTrainedModel, input_ids: Tensor, batch_size: int) -> None:
+    """Raise ValueError where the layers of an unconverted `model` cannot be distilled on `input_ids`."""
+    if is_alibi(model.config):
+        raise ValueError("attention distillation needs the unconverted model as its teacher; record before apply_alibi")
+    if not any(is_rotary(positions) for _, _, positions in position_modules(model)):
+        raise ValueError(
+            f"{type(model).__name__} adds positions to its embeddings, so its layers' inputs hold what the converted "
+            "model will not have; attention distillation is for rotary positions"
+        )
+    blocks, tokens = input_ids.shape
+    least = max(2 * batch_size, _HELD_OUT)
+    if blocks < least:
+        raise ValueError(f"attention distillation was given {blocks} blocks of text and needs at least {least}")
+    layers = sum(1 for _ in self_attentions(model))
+    width: int = text_config(model.config).hidden_size
+    needed = 2 * blocks * tokens * width * layers * _RECORD_DTYPE.itemsize
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise ValueError(
+            f"recording {layers} layers on {blocks * tokens:,} tokens takes {needed / 2**30:.1f} GiB of memory, and "
+            f"{available / 2**30:.1f} are free; distil on fewer tokens"
+        )
+
+
+@torch.no_grad()
+def record_attention(model: PreTrainedModel, input_ids: Tensor, *, batch_size: int) -> list[AttentionRecord]:
+    """Inputs and outputs of each self-attention layer of an unconverted `model`, in order, in main memory.
+
+    Args:
+        model: before `apply_alibi`.
+        input_ids: (blocks, tokens); takes 4 bytes a token, layer and unit of width.
+        batch_size: blocks in one forward pass.
+
+    Raises ValueError where `check_distillation` does.
+    """
+    check_distillation(model, input_ids, batch_size)
+    names = [name for name, _ in self_attentions(model)]
+    inputs: dict[str, list[Tensor]] = {name: [] for name in names}
+    outputs: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def keep(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        inputs[name].append(_hidden_states(args, kwargs).to("cpu", _RECORD_DTYPE))
+        outputs[name].append(_output(output).to("cpu", _RECORD_DTYPE))
+
+    with ExitStack() as hooks:
+        for name, layer in self_attentions(model):
+            hooks.enter_context(layer.register_forward_hook(partial(keep, name), with_kwargs=True))
+        for batch in _progress(input_ids.split(batch_size), "recording attention"):
+            _run(model, batch)
+    return [AttentionRecord(torch.cat(inputs.pop(name)), torch.cat(outputs.pop(name))) for name in names]
+
+
+def distill_attention(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    records: list[AttentionRecord],
+    *,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int,
+    bf16: bool = False,
+    seed: int = 0,
+) -> list[LayerFit]:
+    """Fit each self-attention layer of the converted `model` to what was recorded before, in place.
+
+    Args:
+        model: after `apply_alibi`, with the weights that it had when `records` were made.
+        input_ids: (blocks, tokens), those of the records.
+        records: of `record_attention`, one a layer; emptied, so that memory is freed layer by layer.
+        epochs: how often each block is seen.
+        learning_rate: of AdamW, the highest of a cosine schedule.
+        batch_size: blocks a step.
+        bf16: compute in bfloat16 by autocast; the weights keep their type.
+        seed: of the order of blocks.
+
+    Returns the error of each layer before and after. Raises ValueError where a layer's attention reads more of the
+    text than its hidden states, so that it cannot be run by itself.
+    """
+    with evaluation_mode(model):
+        calls = _calls(model, input_ids[:batch_size])
+        _check_alone(calls, _calls(model, input_ids[-batch_size:]))
+        layers = list(self_attentions(model))
+        fits = []
+        for name, layer in _progress(layers, "distilling attention"):
+            generator = torch.Generator().manual_seed(seed)
+            fits.append(
+                _fit(
+                    layer,
+                    calls[name],
+                    records.pop(0),
+                    epochs=epochs,
+                    learning_rate=learning_rate,
+                    batch_size=batch_size,
+                    bf16=bf16,
+                    generator=generator,
+                )
+            )
+    return fits
+
+
+class _Call(NamedTuple):
+    """How a model calls one of its self-attention layers on a batch of blocks, but for the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        if self.args:
+            return _output(layer(hidden_states, *self.args[1:], **self.kwargs))
+        return _output(layer(**{**self.kwargs, "hidden_states": hidden_states}))
+
+
+def _fit(
+    layer: nn.Module,
+    call: _Call,
+    record: AttentionRecord,
+    *,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int,
+    bf16: bool,
+    generator: torch.Generator,
+) -> LayerFit:
+    parameters = list(layer.parameters())
+    device, dtype = parameters[0].device, parameters[0].dtype
+    held_out = max(batch_size, len(record.inputs) // _HELD_OUT // batch_size * batch_size)
+    fitted = len(record.inputs) - held_out
+    scale = record.outputs.float().square().mean().item()
+
+    def error(blocks: Tensor) -> Tensor:
+        inputs, outputs = (part[blocks].to(device, dtype) for part in record)
+        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+            given = call(layer, inputs)
+        return (given.float() - outputs.float()).square().mean() / scale
+
+    @torch.no_grad()
+    def held_out_error() -> float:
+        blocks = torch.arange(fitted, len(record.inputs)).split(batch_size)
+        return torch.stack([error(part) for part in blocks]).mean().item()
+
+    steps = epochs * (fitted // batch_size)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, min(_WARMUP_STEPS, steps // 2), steps)
+    before = held_out_error()
+    for _ in range(epochs):
+        # The kwargs of the call are those of a whole batch, so what does not fill one waits for the next epoch.
+        for blocks in torch.randperm(fitted, generator=generator).split(batch_size)[: fitted // batch_size]:
+            gradients = torch.autograd.grad(error(blocks), parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            schedule.step()
+    optimizer.zero_grad()
+    return LayerFit(before, held_out_error())
+
+
+@torch.no_grad()
+def _calls(model: PreTrainedModel, batch: Tensor) -> dict[str, _Call]:
+    """How each self-attention layer is called on a batch, by name."""
+    calls: dict[str, _Call] = {}
+
+    def keep(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls[name] = _Call(args, kwargs)
+
+    with ExitStack() as hooks:
+        for name, layer in self_attentions(model):
+            hooks.enter_context(layer.register_forward_pre_hook(partial(keep, name), with_kwargs=True))
+        _run(model, batch)
+    return calls
+
+
+def _check_alone(calls: dict[str, _Call], others: dict[str, _Call]) -> None:
+    """Raise ValueError where the calls on two batches differ in more than the hidden states."""
+    for name, call in calls.items():
+        other = others[name]
+        for key in call.kwargs.keys() - {"hidden_states"}:
+            if not _equal(call.kwargs[key], other.kwargs[key]):
+                raise ValueError(
+                    f"attention distillation runs each layer by itself, but {name} also reads {key}, which differs "
+                    "from text to text; leave distillation out for this model"
+                )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return type(one) is type(other)
+
+
+def _run(model: PreTrainedModel, batch: Tensor) -> None:
+    with evaluation_mode(model):
+        text_decoder(model)(input_ids=batch.to(model.device), use_cache=False)
+
+
+def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    states: Tensor = args[0] if args else kwargs["hidden_states"]
+    return states
+
+
+def _output(output: Any) -> Tensor:
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def _progress(items: Sequence[Item], description: str) -> Iterable[Item]:
+    return track(items, description, console=Console(stderr=True))

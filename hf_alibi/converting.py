@@ -1,0 +1,105 @@
+"""A whole conversion in one call: match, convert, distil, fine-tune, save, and compare with what the model was."""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .conversion.recipe import ConversionArguments
+from .data import DataArguments, load_tokenizer, load_tokens
+from .errors import InputError
+from .extrapolation import ExtrapolateArguments, compare
+from .plots import require_matplotlib
+from .settings import load_settings, make_settings, read_yaml
+from .training import FinetuneArguments, train
+from .windows import check_protocol
+
+__all__ = ["ComparisonArguments", "convert", "run"]
+
+_CONTROL = "control"
+_EVALUATION = "evaluation"
+
+
+@dataclass
+class ComparisonArguments:
+    """What a converted model is compared with, and how."""
+
+    control: bool = field(
+        default=False,
+        metadata={"help": "Train the unconverted model on the same text too, and compare with that."},
+    )
+    lengths: list[int] | None = field(
+        default=None, metadata={"help": "Evaluation lengths in tokens. Default: block_size x 1 2 4 8 16."}
+    )
+    scored_tokens: int | None = field(
+        default=None, metadata={"help": "Held-out tokens scored, a multiple of every length. Default: 4 x the longest."}
+    )
+    stride: int | None = field(
+        default=None, metadata={"help": "Stride of the sliding window. Default: half the shortest length."}
+    )
+
+
+_CLASSES = (ComparisonArguments, FinetuneArguments, ConversionArguments, DataArguments, TrainingArguments)
+
+
+def convert(config: str | Path | Mapping[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
+    """Convert a pretrained model: match, convert, distil, fine-tune, save, and compare with what it was.
+
+    Args:
+        config: a YAML file such as configs/smollm2.yaml, or its fields.
+        fields: more of them, which win; `hf-alibi convert --help` lists all.
+
+    The converted model is in `output_dir`, which transformers' Auto classes load; the comparison, with report and
+    pictures, is in its folder "evaluation". Returns the metrics of the training ("training"), those of the control or
+    None ("control"), and the results of the comparison ("evaluation"). Raises InputError, before work begins where that
+    can be known, for what cannot be used.
+    """
+    values = dict(config) if isinstance(config, Mapping) else {} if config is None else read_yaml(config)
+    return _convert(*make_settings(_CLASSES, {**values, **fields}))
+
+
+def run(argv: Sequence[str]) -> dict[str, Any]:
+    """`convert` with the settings of `CONFIG.yaml --field value ...`."""
+    return _convert(*load_settings(_CLASSES, argv))
+
+
+def _convert(
+    comparison: ComparisonArguments,
+    args: FinetuneArguments,
+    recipe: ConversionArguments,
+    data: DataArguments,
+    training: TrainingArguments,
+) -> dict[str, Any]:
+    source, output_dir = args.model_name_or_path, Path(training.output_dir)
+    if source is None or args.attention != "alibi":
+        raise InputError("convert takes a pretrained model: give model_name_or_path, and leave attention as alibi")
+    evaluation = ExtrapolateArguments(
+        models={"alibi": str(output_dir), "original": str(output_dir / _CONTROL) if comparison.control else source},
+        train_length=args.block_size,
+        output_dir=str(output_dir / _EVALUATION),
+        lengths=comparison.lengths,
+        scored_tokens=comparison.scored_tokens,
+        stride=comparison.stride,
+    )
+    require_matplotlib()
+    tokenizer = load_tokenizer(data.tokenizer_name or source)
+    check_protocol(len(load_tokens(data, tokenizer).held_out), **evaluation.protocol()._asdict())
+    # Training settles some of its arguments; the control starts from the same ones.
+    of_control = copy.copy(training)
+    of_control.output_dir = str(output_dir / _CONTROL)
+    result: dict[str, Any] = {"training": train(args, recipe, data, training), "control": None}
+    if comparison.control:
+        result["control"] = train(dataclasses.replace(args, attention="original"), recipe, data, of_control)
+    result["evaluation"] = compare(evaluation, data)
+    return result
+
+
+def perplexity_ratio(result: Mapping[str, Any]) -> float | None:
+    """Held-out perplexity of the converted model over that of the control; None without control or held-out text."""
+    losses = [result[name] and result[name]["eval_loss"] for name in ("training", "control")]
+    return None if None in losses else math.exp(losses[0] - losses[1])
