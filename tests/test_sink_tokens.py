@@ -10,6 +10,7 @@ from conftest import snapshot, stock_config, stock_model, tokens
 from reference import LOGITS
 from test_attention import ANYWHERE, additive, largest, layer, qkv, run
 from test_cache import STEEP, step
+from test_composite import MODELS, built
 from test_flex import block_mask, fused
 from test_segments import packed, padded, triangle
 from test_segments import without as with_holes
@@ -25,12 +26,13 @@ from hf_alibi import AlibiCache, attention
 from hf_alibi import cache as cache_module
 from hf_alibi.anatomy import self_attentions
 from hf_alibi.attention import factored, sdpa
+from hf_alibi.attention import head_slopes as head_slopes_module
 from hf_alibi.attention.flex import flex_alibi_attention
 from hf_alibi.attention.reading import record_reads
 from hf_alibi.attention.segments import Segment
 from hf_alibi.attention.windowed import windowed_attention
 from hf_alibi.bias import alibi_bias, distances
-from hf_alibi.configuration import AlibiGPT2Config, AlibiLlamaConfig
+from hf_alibi.configuration import AlibiGPT2Config, AlibiLlamaConfig, text_config
 from hf_alibi.errors import VerificationError
 
 # Largest error for values of size 1 in float32; without sinks outputs differ by 0.1 and more.
@@ -194,7 +196,7 @@ def test_capped_logits_and_a_sink_logit(backend):
 def test_scaled_slopes(backend, scaling, train_length):
     query, key, value = qkv(1, 4, 2, LENGTH, LENGTH)
     module = layer(4, scaling=scaling, train_length=train_length, sink_tokens=4)
-    scaled = attention.head_slopes.head_slopes(module, query, value, query.device)
+    scaled = head_slopes_module.head_slopes(module, query, value, query.device)
     context = torch.arange(1, LENGTH + 1)[None, None]
     each = scaled.for_queries(lambda: context).expand(1, 4, LENGTH, 1)[0, :, :, 0]
     rows = [
@@ -550,11 +552,27 @@ def test_gradients_through_checkpoint_of_one_layer():
 
 
 def test_torch_compile_and_export(family):
+    torch.compiler.reset()  # or the limit of compilations counts those of other tests
     model, ids = alibi_model(family), tokens(2, 40)
     truth = model_truth(family, model, ids)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert largest(logits(compiled, ids), truth) < 1e-4
+    mask = torch.ones_like(ids)
+    mask[0, :15] = 0
+    masked = logits(compiled, ids, attention_mask=mask)[mask.bool()]
+    assert largest(masked, model_truth(family, model, ids, mask)[mask.bool()]) < 1e-4
     exported = torch.export.export(model, (ids,), {"use_cache": False}, strict=False)
     with torch.no_grad():
         assert largest(exported.module()(ids, use_cache=False).logits.double(), truth) < 1e-4
+
+
+@backends
+def test_some_of_a_layers_heads(monkeypatch, backend):
+    """Under tensor parallelism the second rank has its own slopes, and the same sinks."""
+    query, key, value = qkv(1, 4, 2, LENGTH, LENGTH)
+    monkeypatch.setattr(head_slopes_module, "own_heads", lambda *_: (8, 4))
+    output = run(backend, query, key, value, module=layer(8, sink_tokens=4))
+    assert largest(output, truth_of(query, key, value, 4, slopes=reference.slopes(8)[4:])) < EXACT
 
 
 # AlibiCache
@@ -660,6 +678,17 @@ def test_families_with_attention_of_their_own(model_type):
 def test_other_families_verify(model_type):
     for report in hf_alibi.verify_alibi(hf_alibi.apply_alibi(stock_tiny(model_type), sink_tokens=2)):
         assert report.error < 1e-5
+
+
+@pytest.mark.parametrize("name", ["whisper", "llava", "bert2bert"])
+def test_composite_models(name, tmp_path):
+    model_class, config, auto_class, _ = MODELS[name]
+    model = hf_alibi.apply_alibi(built(model_class, config), sink_tokens=3)
+    hf_alibi.verify_alibi(model)
+    model.save_pretrained(tmp_path)
+    loaded = auto_class.from_pretrained(tmp_path)
+    assert loaded.config.alibi_sink_tokens == text_config(loaded.config).alibi_sink_tokens == 3
+    hf_alibi.verify_alibi(loaded)
 
 
 def refused_untouched(model, match, **kwargs):
