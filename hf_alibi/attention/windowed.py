@@ -398,6 +398,15 @@ def _near_parts(slope: float, block: int, queries: int, keys: int, dtype: torch.
         yield _Part(span, bias[None, None, : span.rows, end - span.keys : end], 0.0, causal=span.keys == span.rows)
 
 
+# Sinks
+
+
+def _sink_part(key: Tensor, queries: int, dtype: torch.dtype) -> _Part:
+    """All queries over the sinks (batch, sinks, head_dim) of a head, without bias."""
+    sinks = key.shape[1]
+    return _Part(Span(0, 1, queries, 0, sinks), torch.zeros(1, 1, 1, sinks, dtype=dtype), 0.0)
+
+
 # Far keys
 
 
@@ -408,15 +417,6 @@ def _far_parts(spans: Iterable[Span], slope: float, queries: int, keys: int, dty
         row = torch.arange(span.blocks * span.rows).unflatten(0, (span.blocks, span.rows))
         distance = keys - queries + span.query + row - nearest - span.step * torch.arange(span.blocks)[:, None]
         yield _Part(span, (slope * (position - nearest).to(dtype))[None, None, None], slope * distance.to(dtype))
-
-
-# Sinks
-
-
-def _sink_part(key: Tensor, queries: int, dtype: torch.dtype) -> _Part:
-    """All queries over the sinks (batch, sinks, head_dim) of a head, without bias."""
-    sinks = key.shape[1]
-    return _Part(Span(0, 1, queries, 0, sinks), torch.zeros(1, 1, 1, sinks, dtype=dtype), 0.0)
 
 
 def _split_rows(part: _Part) -> _Part:
