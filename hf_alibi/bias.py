@@ -45,7 +45,7 @@ def build_alibi_tensor(attention_mask: Tensor, num_heads: int, dtype: torch.dtyp
     return bias.reshape(-1, 1, mask.shape[-1]).to(dtype)
 
 
-def distances(allowed: Tensor) -> Tensor:
+def distances(allowed: Tensor, sink_tokens: int = 0) -> Tensor:
     """How many tokens lie between each query and each key, counted over the keys that the query may see.
 
     The distance of key j is the number of allowed keys after it, which is right for left and right padding, holes,
@@ -53,6 +53,7 @@ def distances(allowed: Tensor) -> Tensor:
 
     Args:
         allowed: bool (..., queries, keys), True where the query may see the key.
+        sink_tokens: so many of the first keys that a query may see are at distance 0 from it.
 
     Returns float32 of the same shape, tokens; exact up to 2^24. Entries that are not allowed mean nothing.
 
@@ -60,7 +61,8 @@ def distances(allowed: Tensor) -> Tensor:
     [[3.0, 2.0, 1.0, 1.0, 0.0, 0.0]]
     """
     seen = allowed.cumsum(dim=-1, dtype=torch.float32)
-    return seen[..., -1:] - seen
+    distance = seen[..., -1:] - seen
+    return distance.masked_fill(seen <= sink_tokens, 0.0) if sink_tokens else distance
 
 
 def causal_rows(first: int, rows: int, keys: int, device: torch.device) -> Tensor:
@@ -69,13 +71,14 @@ def causal_rows(first: int, rows: int, keys: int, device: torch.device) -> Tenso
     return torch.arange(keys, device=device)[None, :] <= query[:, None]
 
 
-def alibi_bias(slopes: Tensor, allowed: Tensor) -> Tensor:
+def alibi_bias(slopes: Tensor, allowed: Tensor, sink_tokens: int = 0) -> Tensor:
     """The dense bias, -slope × distance, and -inf where a query may not see a key.
 
     Args:
         slopes: float32, broadcasts to (batch, heads, queries, 1), logits per token.
         allowed: bool, broadcasts to (batch, heads, queries, keys).
+        sink_tokens: so many of the first keys that a query may see have no bias.
 
     Returns float32 (batch, heads, queries, keys), logits.
     """
-    return (-slopes * distances(allowed)).masked_fill(~allowed, float("-inf"))
+    return (-slopes * distances(allowed, sink_tokens)).masked_fill(~allowed, float("-inf"))

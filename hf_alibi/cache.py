@@ -24,6 +24,8 @@ _SPARE_TOKENS, _SPARE_SHARE = 256, 0.25
 class AlibiCache(Cache):
     """Keeps for each key head only the tokens that its query heads can reach: memory in long generation stops growing.
 
+    Sink tokens (`alibi_sink_tokens`), which every query can reach, are kept for ever.
+
     `model.generate(..., past_key_values=AlibiCache())`. What a head can reach follows from the largest norms of queries
     and keys seen so far, with a margin for the queries to come. Every query is then checked against what was dropped
     before it: the result is exact to rounding, or within the tolerance, or an error is raised.
@@ -46,37 +48,54 @@ class AlibiCache(Cache):
     @property
     def kept_tokens(self) -> list[list[int]]:
         """Tokens that each layer keeps for each of its key heads."""
-        return [[store.length for store in layer.stores] for layer in self.layers]
+        return [[store.front + store.length for store in layer.stores] for layer in self.layers]
 
 
 @dataclass
 class _Store:
-    """Keys and values of one key head: buffers with room to grow, of which `length` tokens are filled."""
+    """Keys and values of one key head: buffers with room to grow, of which `front` and `length` tokens are filled."""
 
     keys: Tensor
     """(batch, capacity, head_dim)."""
     values: Tensor
     length: int
+    """Last tokens."""
     norm: Tensor
     """Largest norm of a key seen, (batch,) float32."""
     dropped: int = 0
     reach: float = math.inf
     """Tokens that a query may need, itself included."""
+    front: int = 0
+    """Sinks that stand before the last tokens, once these were cut off from them."""
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add tokens at the end, after cutting off those out of reach where that is due."""
+    def append(self, keys: Tensor, values: Tensor, sinks: Tensor | None) -> None:
+        """Add tokens at the end, after cutting off those out of reach where that is due.
+
+        Args:
+            keys, values: (batch, tokens, head_dim).
+            sinks: which of all tokens are kept for ever, (batch, sinks); all of them are out of reach, or none.
+        """
         added = keys.shape[1]
         spare = _SPARE_TOKENS + int(_SPARE_SHARE * min(self.reach, self.length))
-        if self.length + added > self.keys.shape[1] or self.length > self.reach + spare:
+        if self.front + self.length + added > self.keys.shape[1] or self.length > self.reach + spare:
             kept = int(min(self.length, self.reach))
-            self.dropped += self.length - kept
-            old = slice(self.length - kept, self.length)
+            end = self.front + self.length
+            first_cut = sinks if kept < self.length and not self.dropped else None
             self.keys, self.values = (
-                torch.cat([x[:, old], x.new_empty(len(x), added + spare, x.shape[-1])], dim=1)
+                torch.cat(
+                    [
+                        x[:, : self.front] if first_cut is None else _pick(x, first_cut),
+                        x[:, end - kept : end],
+                        x.new_empty(len(x), added + spare, x.shape[-1]),
+                    ],
+                    dim=1,
+                )
                 for x in (self.keys, self.values)
             )
+            self.front = self.front if first_cut is None else first_cut.shape[1]
+            self.dropped += self.length - kept
             self.length = kept
-        new = slice(self.length, self.length + added)
+        new = slice(self.front + self.length, self.front + self.length + added)
         self.keys[:, new], self.values[:, new] = keys, values
         self.norm = torch.maximum(self.norm, _norms(keys).amax(dim=-1))
         self.length += added
@@ -97,6 +116,8 @@ class AlibiLayer(CacheLayerMixin):
         self.stores: list[_Store] = []
         self.tokens = 0
         self.observed = 0
+        # Which tokens are sinks, (batch, sinks), once all of them have been seen.
+        self.sinks: Tensor | None = None
         self.query_norm: Tensor | None = None
         self.least_lse: Tensor | None = None
         # Whether the attention has looked at what this layer gave it last.
@@ -133,25 +154,40 @@ class AlibiLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         first = self.tokens == 0
         for index, store in enumerate(self.stores):
-            store.append(key_states[:, index], value_states[:, index])
+            store.append(key_states[:, index], value_states[:, index], self.sinks)
         self.tokens += key_states.shape[2]
         self.seen = False
-        keys = [store.keys[:, : store.length] for store in self.stores]
-        values = [store.values[:, : store.length] for store in self.stores]
+        keys = [store.keys[:, : store.front + store.length] for store in self.stores]
+        values = [store.values[:, : store.front + store.length] for store in self.stores]
         whole = (key_states, value_states) if first else (None, None)
-        return CachedStates(self, keys, self.tokens, whole[0]), CachedStates(self, values, self.tokens, whole[1])
+        sinks = [self.sinks if store.front else None for store in self.stores]
+        return (
+            CachedStates(self, keys, self.tokens, whole[0], sinks),
+            CachedStates(self, values, self.tokens, whole[1], sinks),
+        )
 
-    def observe(self, query: Tensor, lse: Tensor | None, *, slopes: HeadSlopes, scaling: float, default: float) -> None:
+    def observe(
+        self,
+        query: Tensor,
+        lse: Tensor | None,
+        allowed: Tensor | None,
+        *,
+        slopes: HeadSlopes,
+        scaling: float,
+        default: float,
+    ) -> None:
         """Check queries against what was dropped before them, and set the reach of those to come.
 
         Args:
             query: (batch, heads, queries, head_dim), the last tokens.
             lse: (batch, heads, queries), log-sum-exp of their logits over what is kept; None in the first step.
+            allowed: bool (batch or 1, heads or 1, queries, tokens), what they see; None for all tokens before them.
             slopes: of the heads.
             scaling: of the logits.
             default: tolerance, if the cache has none of its own.
 
-        Raises RuntimeError where dropped tokens may have more of a query's weights than the tolerance.
+        Raises RuntimeError where dropped tokens may have more of a query's weights than the tolerance, or where sinks
+        are not those of earlier queries.
         """
         self.seen = True
         limit = math.log(default if self.tolerance is None else self.tolerance)
@@ -169,12 +205,46 @@ class AlibiLayer(CacheLayerMixin):
         least = lse.amin(dim=(0, 2))
         self.least_lse = least if self.least_lse is None else torch.minimum(self.least_lse, least)
         self.observed += lse.shape[2]
-        if self.observed < _SETTLE or slopes.dynamic is not None:
+        last_sink = -1
+        if slopes.sink_tokens:
+            last_sink = self._find_sinks(allowed, slopes.sink_tokens)
+        if self.observed < _SETTLE or slopes.dynamic is not None or last_sink == self.tokens:
             return
         bound = self.margin * self.query_norm * key_norm.amax(dim=0) - self.least_lse + series - limit
         reach = (bound / per_head).clamp(min=1).unflatten(0, (len(self.stores), -1)).amax(dim=-1)
         for store, tokens in zip(self.stores, reach.tolist(), strict=True):
             store.reach = tokens + 1 if tokens == tokens else math.inf
+            if not store.front and self.tokens - store.reach <= last_sink:
+                store.reach = math.inf
+
+    def _find_sinks(self, allowed: Tensor | None, sink_tokens: int) -> int:
+        """Find the first tokens that queries see, and raise where they have changed since tokens were dropped.
+
+        Args:
+            allowed: see `observe`.
+            sink_tokens: how many.
+
+        Returns the last of them, in any sequence; the number of all tokens where fewer have been seen.
+        """
+        batch = len(self.stores[0].keys)
+        if allowed is None:
+            allowed = torch.ones(1, 1, 1, self.tokens, dtype=torch.bool, device=self.device)
+        if self.sinks is None:
+            row = allowed[:, 0, -1].expand(batch, -1)
+            if bool((row.sum(dim=-1) < sink_tokens).any()):
+                return self.tokens
+            self.sinks = row.int().argsort(dim=-1, descending=True, stable=True)[:, :sink_tokens]
+        last = int(self.sinks.max())
+        if any(store.front for store in self.stores):
+            until = torch.arange(last + 1, device=self.device) <= self.sinks[:, None, None, -1:]
+            kept = torch.zeros(batch, last + 1, dtype=torch.bool, device=self.device).scatter_(1, self.sinks, True)
+            same = ((allowed[..., : last + 1] & until) == kept[:, None, None]).all(dim=-1)
+            if not bool((same | ~allowed.any(dim=-1)).all()):
+                raise RuntimeError(
+                    "the first tokens that a query sees are not those that AlibiCache has kept as sinks; give masks "
+                    "that only grow, or use transformers' DynamicCache"
+                )
+        return last
 
     def _check(self, bound: Tensor, slopes: Tensor, limit: float) -> None:
         """Raise where dropped weights may pass a limit.
@@ -221,10 +291,16 @@ class AlibiLayer(CacheLayerMixin):
         self.tokens -= removed
         for store in self.stores:
             store.length -= removed
+            if self.sinks is not None and not store.front:
+                # Sinks may have been among the tokens, or be in reach again.
+                store.reach = math.inf
+        if not any(store.front for store in self.stores):
+            self.sinks = None
 
     def _map(self, select: Any) -> None:
         for store in self.stores:
             store.keys, store.values, store.norm = select(store.keys), select(store.values), select(store.norm)
+        self.sinks = None if self.sinks is None else select(self.sinks)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """The sequences of the batch in another order, for beam search."""
@@ -237,6 +313,11 @@ class AlibiLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only these sequences."""
         self._map(lambda x: x[indices])
+
+
+def _pick(x: Tensor, columns: Tensor) -> Tensor:
+    """Of x (batch, tokens, head_dim) the tokens `columns` (batch, picked)."""
+    return x.gather(1, columns[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def _norms(x: Tensor) -> Tensor:

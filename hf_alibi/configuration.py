@@ -16,6 +16,7 @@ __all__ = [
     "AlibiConfig",
     "Converted",
     "alibi_config",
+    "check_sink_tokens",
     "check_slopes",
     "config_class",
     "num_heads",
@@ -60,6 +61,23 @@ def _check_slope_values(slopes: Any) -> None:
         raise ValueError(f"alibi_slopes must be finite and not negative (logits per token), got {wrong}")
 
 
+def check_sink_tokens(sink_tokens: Any) -> None:
+    """Raise TypeError unless `sink_tokens` is an int, ValueError where it is negative."""
+    allowed = "tokens at the beginning of a sequence, an int of at least 0"
+    if isinstance(sink_tokens, bool) or not isinstance(sink_tokens, int):
+        raise TypeError(f"alibi_sink_tokens must be {allowed}, got {sink_tokens!r}")
+    if sink_tokens < 0:
+        raise ValueError(f"alibi_sink_tokens must be {allowed}, got {sink_tokens}")
+
+
+def _partial_layers(config: Any) -> list[str]:
+    """What in a text decoder's config says that some layers see only a window or a chunk; empty if all see all."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    if kinds is not None:
+        return sorted({kind for kind in kinds if any(word in kind for word in ("sliding", "chunked", "local"))})
+    return [name for name in ("sliding_window", "attention_chunk_size") if getattr(config, name, None) is not None]
+
+
 @as_validated_field
 def _slopes_field(value: list[float] | None) -> None:
     _check_slope_values(value)
@@ -81,6 +99,11 @@ def _scaling_field(value: dict[str, Any] | None) -> None:
 def _tolerance_field(value: float | None) -> None:
     if value is not None and not 0 < value < 1:
         raise ValueError(f"alibi_tolerance must be a share of a row's weights between 0 and 1, or null, got {value}")
+
+
+@as_validated_field
+def _sink_tokens_field(value: int) -> None:
+    check_sink_tokens(value)
 
 
 class Converted(PreTrainedConfig):
@@ -116,6 +139,8 @@ class AlibiConfig(Converted):
             and `dynamic_scale`. It may be given when a checkpoint is loaded.
         alibi_tolerance: share of a query's weights that the far keys which are not read may have together; None for
             less than rounding takes, so that attention is exact. It may be given when a checkpoint is loaded.
+        alibi_sink_tokens: so many tokens at the beginning of each sequence carry no bias as keys, whatever their
+            distance (attention sinks: Xiao et al. 2023, arXiv 2309.17453); 0 is the paper's ALiBi.
 
     `max_position_embeddings` stays what it was and limits nothing.
     """
@@ -124,6 +149,7 @@ class AlibiConfig(Converted):
     alibi_train_length: int | None = _train_length_field(default=None)
     alibi_scaling: dict[str, Any] | None = _scaling_field(default=None)
     alibi_tolerance: float | None = _tolerance_field(default=None)
+    alibi_sink_tokens: int = _sink_tokens_field(default=0)
 
     def validate_alibi(self) -> None:
         """Raise ValueError where fields do not fit together (run by `strict` when the config is made)."""
@@ -131,6 +157,13 @@ class AlibiConfig(Converted):
         scaling: Mapping[str, Any] = self.alibi_scaling or {}
         if scaling.get("type") == "dynamic" and self.alibi_train_length is None:
             raise ValueError("alibi_scaling of type 'dynamic' needs alibi_train_length, the tokens trained on")
+        partial = _partial_layers(self) if self.alibi_sink_tokens else []
+        if partial:
+            raise ValueError(
+                f"alibi_sink_tokens is {self.alibi_sink_tokens}, but some self-attention layers of {self.model_type!r} "
+                f"see only a part of the sequence ({', '.join(partial)}), which does not tell them where it begins; "
+                "use 0, or a model whose layers all see the whole sequence"
+            )
         if not getattr(self, "is_causal", True):
             raise ValueError("ALiBi is for causal attention, but the config says is_causal=False")
 
@@ -165,8 +198,12 @@ for _field in _FIELDS:
     setattr(AlibiCompositeConfig, _field, _of_the_language_model(_field))
 
 
-def alibi_config(stock: PreTrainedConfig, slopes: list[float] | None = None) -> Any:
+def alibi_config(stock: PreTrainedConfig, **fields: Any) -> Any:
     """The ALiBi form of a config: a copy with every value, private ones too, of another class.
+
+    Args:
+        stock: a config of transformers.
+        fields: `alibi_*` fields that are not to have their defaults.
 
     Raises ValueError for a class that is not one of transformers' own, or fields that do not fit together.
     """
@@ -176,13 +213,12 @@ def alibi_config(stock: PreTrainedConfig, slopes: list[float] | None = None) -> 
     vars(config).pop("model_type", None)
     name = text_config_name(config)
     if name is not None:
-        setattr(config, name, alibi_config(getattr(config, name), slopes))
+        setattr(config, name, alibi_config(getattr(config, name), **fields))
     else:
         for field in _FIELDS:
             # The part of a composite config that was read from a file brings these fields along.
-            setattr(config, field, vars(config).get(field))
-        if slopes is not None:
-            config.alibi_slopes = slopes
+            default = vars(config).get(field, getattr(type(config), field))
+            setattr(config, field, fields.get(field, default))
     config.validate_alibi()
     return config
 

@@ -147,7 +147,7 @@ class AlibiModel:
         Raises ValueError for one that has no ALiBi form, ImportError for one whose package is missing.
         """
         if requested_attention is not None:
-            check_backend(requested_attention)
+            check_backend(requested_attention, text_config(self.config).alibi_sink_tokens)
         name: str = super().get_correct_attn_implementation(requested_attention, is_init_check)  # type: ignore[misc]
         return name
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .anatomy import is_alibi
 from .attention import check_backend
-from .configuration import alibi_config, check_slopes, num_heads, text_config
+from .configuration import alibi_config, check_sink_tokens, check_slopes, num_heads, text_config
 from .families import is_listed
 from .installation import check_attention, check_family, install_alibi, undone_on_error
 from .modeling import model_class
@@ -20,7 +20,7 @@ __all__ = ["apply_alibi"]
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def apply_alibi(model: Model, *, slopes: Sequence[float] | None = None) -> Model:
+def apply_alibi(model: Model, *, slopes: Sequence[float] | None = None, sink_tokens: int = 0) -> Model:
     """Replace the position embeddings of `model` by ALiBi (Press et al. 2022, arXiv 2108.12409), in place.
 
     The class becomes its ALiBi form (`GPT2LMHeadModel` → `AlibiGPT2LMHeadModel`), so that `save_pretrained` writes a
@@ -30,23 +30,29 @@ def apply_alibi(model: Model, *, slopes: Sequence[float] | None = None) -> Model
     Args:
         model: of a family in `supported_families()`, with any head. Wrap it (PEFT, compile) afterwards.
         slopes: one for each head, logits per token of distance; None for the paper's. All zeros mean no positions.
+        sink_tokens: so many tokens at the beginning of each sequence carry no bias as keys, for any query and head:
+            pretrained models rest much of their attention there (Xiao et al. 2023, arXiv 2309.17453). Distances of all
+            other keys stay what they are. 0 is the paper's ALiBi.
 
     Returns `model`.
 
-    Raises TypeError for what is no `PreTrainedModel`; ValueError for a family or class that has no ALiBi form, a
-    model that is converted already, an attention implementation without ALiBi form, and slopes that do not fit the
-    heads; ImportError for `flash_attention_2` without flash-attn. After an error the model is as it was.
+    Raises TypeError for what is no `PreTrainedModel`, and sink tokens that are no int; ValueError for a family or class
+    that has no ALiBi form, a model that is converted already, an attention implementation without ALiBi form, slopes
+    that do not fit the heads, a negative number of sink tokens, and any in a model with layers that see a window or a
+    chunk only, or beside `flash_attention_2`; ImportError for `flash_attention_2` without flash-attn. After an error
+    the model is as it was.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"apply_alibi takes a transformers PreTrainedModel, got {type(model).__name__}; "
             "wrappers such as PEFT's or torch.compile's come after it"
         )
-    _check(model)
+    check_sink_tokens(sink_tokens)
+    _check(model, sink_tokens)
     stock: Any = model.config
     given = None if slopes is None else [float(slope) for slope in slopes]
     check_slopes(given, num_heads(text_config(stock)))
-    config = alibi_config(stock, given)
+    config = alibi_config(stock, alibi_slopes=given, alibi_sink_tokens=sink_tokens)
     with undone_on_error(model):
         _replace_configs(model, {id(stock): config, id(text_config(stock)): text_config(config)})
         install_alibi(model, model_class)
@@ -73,7 +79,7 @@ def _prove(model: PreTrainedModel, model_type: str) -> None:
         ) from error
 
 
-def _check(model: PreTrainedModel) -> None:
+def _check(model: PreTrainedModel, sink_tokens: int) -> None:
     """Every check that can be made before anything is changed."""
     stock: Any = model.config
     if is_alibi(stock):
@@ -84,4 +90,4 @@ def _check(model: PreTrainedModel) -> None:
             f"no ALiBi form of {type(model).__module__}.{type(model).__name__}: it is no class of transformers' own"
         )
     check_attention(model)
-    check_backend(text_config(stock)._attn_implementation)
+    check_backend(text_config(stock)._attn_implementation, sink_tokens)

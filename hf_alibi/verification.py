@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from .modes import evaluation_mode
 
 __all__ = ["LayerReport", "verify_alibi"]
 
+# Tokens after those that carry no bias, and padding before them.
 _LENGTH = 16
 _PADDING = 5
 
@@ -57,8 +59,8 @@ def verify_alibi(model: PreTrainedModel) -> list[LayerReport]:
     """Prove that every self-attention layer of `model` applies exactly the bias that its config says.
 
     A short random batch goes through, once without and once with left padding. Each layer's own queries, keys and
-    values are compared with a dense float64 attention, each head's slope is measured, and changed position ids must
-    change nothing. Weights, modes and the random state stay as they are.
+    values are compared with a dense float64 attention, each head's slope and the bias of sink tokens are measured, and
+    changed position ids must change nothing. Weights, modes and the random state stay as they are.
 
     Returns one report a layer, in order.
 
@@ -70,7 +72,8 @@ def verify_alibi(model: PreTrainedModel) -> list[LayerReport]:
     layers = dict(self_attentions(model))
     if not layers:
         raise VerificationError(f"{type(model).__name__} has no self-attention layer that ALiBi knows")
-    plain = torch.ones(2, _LENGTH, dtype=torch.long, device=model.device)
+    length = _length(model)
+    plain = torch.ones(2, length, dtype=torch.long, device=model.device)
     padded = plain.clone()
     padded[1, :_PADDING] = 0
     with evaluation_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -115,6 +118,11 @@ def _recorded_calls() -> Iterator[dict[nn.Module, _Call]]:
         register_backends()
 
 
+def _length(model: PreTrainedModel) -> int:
+    """Tokens that show which of them are sinks."""
+    return _LENGTH + int(text_config(model.config).alibi_sink_tokens)
+
+
 def _inputs(model: PreTrainedModel, shape: tuple[int, ...]) -> dict[str, Tensor]:
     """Random inputs (batch, tokens) for the text decoder, the same at every call."""
     decoder: Any = text_decoder(model)
@@ -147,6 +155,8 @@ def _compare(name: str, layer: nn.Module, call: _Call, mask: Tensor) -> float:
     key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], dim=1) for states in (key, value))
     position = mask.cumsum(dim=-1)
     distance = (position[:, :, None] - position[:, None, :])[:, None].double()
+    config: Any = layer.config
+    distance = distance.masked_fill((position <= config.alibi_sink_tokens)[:, None, None, :], 0.0)
     slopes = _expected_slopes(layer, call, position[:, None])
     logits = query @ key.transpose(-1, -2) * call.scaling
     if call.softcap is not None:
@@ -177,24 +187,37 @@ def _compare(name: str, layer: nn.Module, call: _Call, mask: Tensor) -> float:
 
 
 def _measured_slopes(name: str, layer: nn.Module, call: _Call) -> tuple[float, ...]:
-    """Slopes read off the layer's attention: with equal logits, one token of distance costs exactly the slope."""
+    """Slopes read off the layer's attention: with equal logits, one token of distance costs exactly the slope.
+
+    Raises where they are not those of the config, or where sink tokens cost anything.
+    """
     heads = call.query.shape[1]
     config: Any = layer.config
+    sinks = int(config.alibi_sink_tokens)
     attention = AttentionInterface().get_interface(config._attn_implementation, None)
     # flash-attn has kernels for half types only.
     dtype = call.query.dtype if "flash" in config._attn_implementation else torch.float64
     query, key, value = (
-        states.new_zeros(1, states.shape[1], 2, states.shape[-1], dtype=dtype)
+        states.new_zeros(1, states.shape[1], sinks + 2, states.shape[-1], dtype=dtype)
         for states in (call.query, call.key, call.value)
     )
-    value[:, :, 0] = 1
+    # What the last query gives to itself stands in no column of its values.
+    value[:, :, sinks, 0] = 1
+    value[:, :, :sinks, 1] = 1
     output, _ = attention(layer, query, key, value, None, scaling=call.scaling)
-    first = output[0, 1, :, 0].double()
-    seen = (1 - first).log() - first.log()
-    context = torch.tensor([[[1, 2]]], device=call.query.device)
-    expected = _expected_slopes(layer, call, context).expand(1, heads, 2, 1)[0, :, 1, 0]
-    if not torch.allclose(seen, expected, rtol=1e-5, atol=max(1e-7, 8 * torch.finfo(dtype).eps)):
+    previous, of_sinks = output[0, -1, :, :2].double().unbind(dim=-1)
+    own = (1 - previous - of_sinks).log()
+    seen = own - previous.log()
+    context = torch.arange(1, sinks + 3, device=call.query.device)[None, None]
+    expected = _expected_slopes(layer, call, context).expand(1, heads, sinks + 2, 1)[0, :, -1, 0]
+    tolerance = max(1e-7, 8 * torch.finfo(dtype).eps)
+    if not torch.allclose(seen, expected, rtol=1e-5, atol=tolerance):
         raise VerificationError(f"layer {name} has slopes {seen.tolist()}, its config says {expected.tolist()}")
+    bias = of_sinks.log() - math.log(sinks) - own if sinks else torch.zeros_like(own)
+    if not bias.abs().max().item() <= tolerance:
+        raise VerificationError(
+            f"layer {name} gives its first {sinks} tokens the bias {bias.tolist()}, alibi_sink_tokens says none"
+        )
     return tuple(seen.tolist())
 
 
@@ -217,10 +240,11 @@ def _check_positions(model: PreTrainedModel, mask: Tensor) -> None:
 def _check_padding(model: PreTrainedModel) -> None:
     """For a decoder that counts positions itself: padding before the text must change nothing."""
     decoder: Any = text_decoder(model)
-    inputs = _inputs(model, (2, _LENGTH))
+    length = _length(model)
+    inputs = _inputs(model, (2, length))
     alone = decoder(**inputs, use_cache=False)[0]
     padded = {name: torch.cat([value[:, :_PADDING], value], dim=1) for name, value in inputs.items()}
-    mask = torch.ones(2, _PADDING + _LENGTH, dtype=torch.long, device=model.device)
+    mask = torch.ones(2, _PADDING + length, dtype=torch.long, device=model.device)
     mask[:, :_PADDING] = 0
     changed = (decoder(**padded, attention_mask=mask, use_cache=False)[0][:, _PADDING:] - alone).abs().max().item()
     # Sums over other numbers of keys round otherwise, layer after layer.

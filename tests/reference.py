@@ -40,11 +40,13 @@ def attention(
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    sink_tokens: int = 0,
 ) -> Tensor:
     """softmax(q k^T · scaling − slope · distance) v, head by head.
 
     With a cap c, q k^T · scaling is c · tanh(q k^T · scaling / c) (Gemma 2, arXiv 2408.00118); a sink is one more logit
-    of each row, whose share of the weights goes nowhere (gpt-oss).
+    of each row, whose share of the weights goes nowhere (gpt-oss). The first `sink_tokens` keys that a query sees are
+    at distance 0 (Xiao et al. 2023, arXiv 2309.17453).
 
     query (batch, heads, queries, dim); key, value (batch, key heads, keys, dim); seen (batch, queries, keys);
     position (batch, keys) of the keys, those of the queries being the last ones.
@@ -53,6 +55,9 @@ def attention(
     group = query.shape[1] // key.shape[1]
     queries = query.shape[2]
     distance = (position[:, -queries:, None] - position[:, None, :]).double()
+    if sink_tokens:
+        for row_seen, row_distance in zip(seen.flatten(0, 1), distance.flatten(0, 1), strict=True):
+            row_distance[row_seen.nonzero()[:sink_tokens, 0]] = 0.0
     heads = []
     for head in range(query.shape[1]):
         logits = query[:, head] @ key[:, head // group].mT * scaling
@@ -79,7 +84,9 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def gpt2_logits(model, input_ids: Tensor, mask: Tensor, segments: Tensor | None = None, head_slopes=None) -> Tensor:
+def gpt2_logits(
+    model, input_ids: Tensor, mask: Tensor, segments: Tensor | None = None, head_slopes=None, sink_tokens: int = 0
+) -> Tensor:
     """float64 (batch, length, vocabulary)."""
     w = {name: value.detach().double() for name, value in model.state_dict().items()}
     config = model.config
@@ -91,8 +98,9 @@ def gpt2_logits(model, input_ids: Tensor, mask: Tensor, segments: Tensor | None 
         h = _layer_norm(x, w[p + "ln_1.weight"], w[p + "ln_1.bias"], config.layer_norm_epsilon)
         qkv = h @ w[p + "attn.c_attn.weight"] + w[p + "attn.c_attn.bias"]
         q, k, v = (_heads(part, config.n_head) for part in qkv.chunk(3, dim=-1))
-        mixed = attention(q, k, v, seen, position, head_slopes, q.shape[-1] ** -0.5).transpose(1, 2).flatten(2)
-        x = x + mixed @ w[p + "attn.c_proj.weight"] + w[p + "attn.c_proj.bias"]
+        scaling = q.shape[-1] ** -0.5
+        mixed = attention(q, k, v, seen, position, head_slopes, scaling, sink_tokens=sink_tokens)
+        x = x + mixed.transpose(1, 2).flatten(2) @ w[p + "attn.c_proj.weight"] + w[p + "attn.c_proj.bias"]
         h = _layer_norm(x, w[p + "ln_2.weight"], w[p + "ln_2.bias"], config.layer_norm_epsilon)
         h = h @ w[p + "mlp.c_fc.weight"] + w[p + "mlp.c_fc.bias"]
         h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
@@ -101,7 +109,9 @@ def gpt2_logits(model, input_ids: Tensor, mask: Tensor, segments: Tensor | None 
     return x @ w["lm_head.weight"].T
 
 
-def llama_logits(model, input_ids: Tensor, mask: Tensor, segments: Tensor | None = None, head_slopes=None) -> Tensor:
+def llama_logits(
+    model, input_ids: Tensor, mask: Tensor, segments: Tensor | None = None, head_slopes=None, sink_tokens: int = 0
+) -> Tensor:
     """float64 (batch, length, vocabulary)."""
     w = {name: value.detach().double() for name, value in model.state_dict().items()}
     config = model.config
@@ -115,8 +125,9 @@ def llama_logits(model, input_ids: Tensor, mask: Tensor, segments: Tensor | None
         q = _heads(h @ w[p + "self_attn.q_proj.weight"].T, heads)
         k = _heads(h @ w[p + "self_attn.k_proj.weight"].T, key_heads)
         v = _heads(h @ w[p + "self_attn.v_proj.weight"].T, key_heads)
-        mixed = attention(q, k, v, seen, position, head_slopes, q.shape[-1] ** -0.5).transpose(1, 2).flatten(2)
-        x = x + mixed @ w[p + "self_attn.o_proj.weight"].T
+        scaling = q.shape[-1] ** -0.5
+        mixed = attention(q, k, v, seen, position, head_slopes, scaling, sink_tokens=sink_tokens)
+        x = x + mixed.transpose(1, 2).flatten(2) @ w[p + "self_attn.o_proj.weight"].T
         h = _rms_norm(x, w[p + "post_attention_layernorm.weight"], config.rms_norm_eps)
         gate = h @ w[p + "mlp.gate_proj.weight"].T
         x = x + (gate * torch.sigmoid(gate) * (h @ w[p + "mlp.up_proj.weight"].T)) @ w[p + "mlp.down_proj.weight"].T

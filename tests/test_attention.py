@@ -25,7 +25,7 @@ ANYWHERE = [*(name for name in BACKENDS if name not in ("flash_attention_2", "fl
 backends = pytest.mark.parametrize("backend", ANYWHERE)
 
 
-def layer(heads, slopes=None, scaling=None, train_length=None, tolerance=None):
+def layer(heads, slopes=None, scaling=None, train_length=None, tolerance=None, sink_tokens=0):
     """What a backend sees of a self-attention layer."""
     module = nn.Module()
     module.is_causal = True
@@ -35,6 +35,7 @@ def layer(heads, slopes=None, scaling=None, train_length=None, tolerance=None):
         alibi_scaling=scaling,
         alibi_train_length=train_length,
         alibi_tolerance=tolerance,
+        alibi_sink_tokens=sink_tokens,
     )
     return module.eval()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import AttentionInterface
 
 from .eager import eager_alibi_attention
-from .flash import flash_alibi_attention, load_flash_attn
+from .flash import flash_alibi_attention, load_flash_attn, refuse_sinks
 from .flex import flex_alibi_attention
 from .paged import takes_paged_cache
 from .sdpa import sdpa_alibi_attention
@@ -36,10 +36,14 @@ def alibi_name(attn_implementation: str) -> str:
     return f"alibi_{attn_implementation}"
 
 
-def check_backend(attn_implementation: str) -> None:
-    """Raise ValueError where `attn_implementation` has no ALiBi form, ImportError where its package is missing."""
+def check_backend(attn_implementation: str, sink_tokens: int) -> None:
+    """Raise ValueError where `attn_implementation` has no ALiBi form with so many sink tokens.
+
+    Raises ImportError where its package is missing.
+    """
     alibi_name(attn_implementation)
     if attn_implementation == "flash_attention_2":
+        refuse_sinks(sink_tokens)
         load_flash_attn()
 
 

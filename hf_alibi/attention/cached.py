@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +27,16 @@ _NO_TENSOR = (
 class CacheLayer(Protocol):
     """What the attention tells a layer of the cache."""
 
-    def observe(self, query: Tensor, lse: Tensor | None, *, slopes: HeadSlopes, scaling: float, default: float) -> None:
+    def observe(
+        self,
+        query: Tensor,
+        lse: Tensor | None,
+        allowed: Tensor | None,
+        *,
+        slopes: HeadSlopes,
+        scaling: float,
+        default: float,
+    ) -> None:
         """Learn how far queries reach, and raise where these may reach what was dropped."""
 
 
@@ -35,13 +45,22 @@ class CachedStates:
 
     Args:
         layer: of the cache.
-        parts: for each key-value head its last tokens, (batch, tokens kept, head_dim).
+        parts: for each key-value head its last tokens, (batch, tokens kept, head_dim), and before them its sinks.
         tokens: seen so far, kept or not.
         whole: the tensor itself, where nothing was dropped.
+        sinks: for each key-value head which of all tokens its sinks are, int64 (batch, sinks); None where there are
+            none before the last tokens.
     """
 
-    def __init__(self, layer: CacheLayer, parts: list[Tensor], tokens: int, whole: Tensor | None) -> None:
-        self.layer, self.parts, self.whole = layer, parts, whole
+    def __init__(
+        self,
+        layer: CacheLayer,
+        parts: list[Tensor],
+        tokens: int,
+        whole: Tensor | None,
+        sinks: list[Tensor | None],
+    ) -> None:
+        self.layer, self.parts, self.whole, self.sinks = layer, parts, whole, sinks
         self.shape = torch.Size((parts[0].shape[0], len(parts), tokens, parts[0].shape[-1]))
 
     def __getattr__(self, name: str) -> Any:
@@ -67,22 +86,22 @@ def attend_cached(
     groups = query.shape[1] // len(key.parts)
     queries = query.shape[2]
     outputs, lses = [], []
-    for index, (k, v) in enumerate(zip(key.parts, value.parts, strict=True)):
+    for index, (k, v, sinks) in enumerate(zip(key.parts, value.parts, key.sinks, strict=True)):
         heads = slice(index * groups, (index + 1) * groups)
-        own = HeadSlopes(slopes.per_head[heads], slopes.dynamic)
+        own = replace(slopes, per_head=slopes.per_head[heads])
+        seen = None if allowed is None else _of_kept(allowed, k.shape[1], sinks)
         size = max(1, _ENTRIES // (len(query) * groups * k.shape[1]))
         parts = []
         for first in range(0, queries, size):
             rows = slice(first, min(first + size, queries))
             # Without a mask these queries see nothing after them; masks have a column for each token seen so far.
             end = k.shape[1] - (queries - rows.stop if allowed is None else 0)
-            seen = None if allowed is None else allowed[:, :, rows, -k.shape[1] :]
             parts.append(
                 decode(
                     query[:, heads, rows],
                     k[:, None, :end],
                     v[:, None, :end],
-                    seen,
+                    None if seen is None else seen[:, :, rows],
                     slopes=own,
                     scaling=scaling,
                     tolerance=tolerance,
@@ -91,3 +110,18 @@ def attend_cached(
         outputs.append(torch.cat([output for output, _ in parts], dim=2))
         lses.append(torch.cat([lse for _, lse in parts], dim=2))
     return torch.cat(outputs, dim=1).to(query.dtype), torch.cat(lses, dim=1)
+
+
+def _of_kept(allowed: Tensor, kept: int, sinks: Tensor | None) -> Tensor:
+    """What queries see of the tokens that a key head kept, bool (batch or 1, heads or 1, queries, kept).
+
+    Args:
+        allowed: bool (batch or 1, heads or 1, queries, tokens so far).
+        kept: how many, sinks and last tokens.
+        sinks: see `CachedStates`.
+    """
+    if sinks is None:
+        return allowed[..., -kept:]
+    allowed = allowed.expand(len(sinks), -1, -1, -1)
+    index = sinks[:, None, None].expand(*allowed.shape[:3], -1)
+    return torch.cat([allowed.gather(-1, index), allowed[..., sinks.shape[1] - kept :]], dim=-1)

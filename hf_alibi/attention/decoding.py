@@ -75,11 +75,13 @@ def _visible(key: Tensor, value: Tensor, allowed: Tensor) -> tuple[Tensor, Tenso
 def _bias(slopes: HeadSlopes, allowed: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:
     """The bias, -inf where a query may not see a key; broadcasts to (batch, heads, queries, keys)."""
     if allowed is not None:
-        return alibi_bias(slopes.for_queries(lambda: allowed.sum(dim=-1)), allowed)
+        return alibi_bias(slopes.for_queries(lambda: allowed.sum(dim=-1)), allowed, slopes.sink_tokens)
     if queries > 1:
         return _bias(slopes, causal_rows(keys - queries, queries, keys, device)[None, None], queries, keys, device)
     context = torch.tensor(keys, device=device)[None, None, None]
-    return slopes.for_queries(lambda: context) * torch.arange(1 - keys, 1, device=device)
+    minus_distance = torch.arange(1 - keys, 1, device=device)
+    minus_distance[: slopes.sink_tokens] = 0
+    return slopes.for_queries(lambda: context) * minus_distance
 
 
 def _by_block(values: Tensor) -> Tensor:

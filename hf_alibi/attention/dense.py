@@ -61,7 +61,7 @@ def _block(
     """Queries from `first` on over all keys, with a dense bias for these queries."""
     rows = slice(first, first + query.shape[2])
     allowed = allowed[:, :, rows]
-    bias = alibi_bias(slopes.for_queries(lambda: allowed.sum(dim=-1)), allowed)
+    bias = alibi_bias(slopes.for_queries(lambda: allowed.sum(dim=-1)), allowed, slopes.sink_tokens)
     if added is not None:
         bias = bias + added[:, :, rows]
     if torch.compiler.is_exporting():

@@ -53,7 +53,7 @@ def eager_alibi_attention(
         logits = query.to(wide) @ key.to(wide).transpose(-1, -2) * scaling
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        logits = logits + alibi_bias(slopes.for_queries(lambda: allowed.sum(dim=-1)), allowed)
+        logits = logits + alibi_bias(slopes.for_queries(lambda: allowed.sum(dim=-1)), allowed, slopes.sink_tokens)
         if added is not None:
             logits = logits + added
         # A query that may see nothing (padding) gets zeros, and finite gradients on the way.

@@ -1,7 +1,7 @@
 """Causal ALiBi attention by the plain kernel of any device: the bias as a few more dimensions of queries and keys.
 
 The product of what is appended is slope × key position. Softmax ignores a constant per row, so that equals
--slope × distance.
+-slope × distance. A sink token, which has no bias, then has slope × query position.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _block(
     positions = torch.arange(end, device=device) - (first + end) // 2
     wide = torch.promote_types(query.dtype, torch.float32)
     weights = slopes.for_queries(lambda: torch.arange(first + 1, end + 1, device=device)[None, None]).to(wide) / scaling
-    left, right = _bias_factors(weights, positions[first:], positions, query.dtype)
+    left, right = _bias_factors(weights, positions[first:], positions, query.dtype, slopes.sink_tokens)
     extra = left.shape[-1]
     # Kernels on accelerators want widths that are multiples of 8.
     spare = 0 if device.type == "cpu" else -(query.shape[-1] + extra) % 8
@@ -77,7 +77,9 @@ def _block(
     return output[..., : value.shape[-1]]
 
 
-def _bias_factors(slopes: Tensor, queries: Tensor, keys: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _bias_factors(
+    slopes: Tensor, queries: Tensor, keys: Tensor, dtype: torch.dtype, sink_tokens: int = 0
+) -> tuple[Tensor, Tensor]:
     """Factors (…, queries or 1, n) and (keys, n) in `dtype`; their product is the bias up to a constant per row.
 
     Args:
@@ -85,6 +87,7 @@ def _bias_factors(slopes: Tensor, queries: Tensor, keys: Tensor, dtype: torch.dt
         queries: integer positions of the queries.
         keys: integer positions of the keys; those of half types are written in digits to base 256.
         dtype: of queries and keys.
+        sink_tokens: so many of the first keys have no bias.
 
     Every product is exact. A slope is split into the 8 bits that a bfloat16 holds and the rest, so that in float32
     the product with a position has no more than 24 bits, and slope × query position can be taken off again in the
@@ -97,7 +100,8 @@ def _bias_factors(slopes: Tensor, queries: Tensor, keys: Tensor, dtype: torch.dt
         left = torch.cat(torch.broadcast_tensors(high, high * back, low, low * back), dim=-1)
         position = keys.to(dtype)
         one = torch.ones_like(position)
-        return left, torch.stack([position, one, position, one], dim=-1)
+        right = torch.stack([position, one, position, one], dim=-1)
+        return left, right.masked_fill(_is_sink(keys, sink_tokens), 0.0) if sink_tokens else right
     factors, digits, unit, rest = [], [], 1, keys
     while True:
         last = unit * 256 >= keys.shape[0]
@@ -108,6 +112,34 @@ def _bias_factors(slopes: Tensor, queries: Tensor, keys: Tensor, dtype: torch.dt
         factors += [high, (weight - high.float()).to(dtype)]
         digits += [digit.to(dtype)] * 2
         if last:
-            return torch.cat(factors, dim=-1), torch.stack(digits, dim=-1)
+            break
         rest = (rest - digit) // 256
         unit *= 256
+    left, right = torch.cat(factors, dim=-1), torch.stack(digits, dim=-1)
+    return _with_sinks(left, right, queries.shape[0], sink_tokens) if sink_tokens else (left, right)
+
+
+def _is_sink(keys: Tensor, sink_tokens: int) -> Tensor:
+    """Bool (keys, 1)."""
+    return torch.arange(keys.shape[0], device=keys.device)[:, None] < sink_tokens
+
+
+def _with_sinks(left: Tensor, right: Tensor, queries: int, sink_tokens: int) -> tuple[Tensor, Tensor]:
+    """Factors of a half type with three more, by which a sink has what the query's own key has, at distance 0 as well.
+
+    Args:
+        left: (…, queries or 1, n).
+        right: (keys, n), of which the last are those of the queries.
+        queries: how many.
+        sink_tokens: so many of the first keys have no bias.
+    """
+    # Divided by what multiplies it again, so that float16 does not overflow.
+    own = (left.float() * right[-queries:].float()).sum(dim=-1, keepdim=True) / 256
+    is_sink = _is_sink(right, sink_tokens)
+    pieces = []
+    # Three pieces of 8 bits or more hold a float32.
+    for _ in range(3):
+        pieces.append(own.to(left.dtype))
+        own = own - pieces[-1].float()
+    left = torch.cat([left.expand(*pieces[0].shape[:-1], -1), *pieces], dim=-1)
+    return left, torch.cat([right.masked_fill(is_sink, 0.0), is_sink.to(right.dtype).expand(-1, 3) * 256], dim=-1)

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from .head_slopes import head_slopes
 from .inputs import autocast, refuse_unsupported
 
-__all__ = ["flash_alibi_attention", "load_flash_attn"]
+__all__ = ["flash_alibi_attention", "load_flash_attn", "refuse_sinks"]
 
 # ALiBi came with 2.4.0; llm-foundry relies on it from 2.4.2 on.
 _OLDEST = "2.4.2"
@@ -60,6 +60,7 @@ def flash_alibi_attention(
             "alibi_scaling of type 'dynamic' gives each query its own slopes, flash-attn takes one a head; make it "
             f"'linear' or 'ntk', {_OTHERWISE}"
         )
+    refuse_sinks(slopes.sink_tokens)
     flash_attn = load_flash_attn()
     query, key, value = autocast(query.device, query, key, value)
     _check_kernel_takes(query)
@@ -85,6 +86,14 @@ def flash_alibi_attention(
     if key.shape[1] < query.shape[1]:
         raise ValueError(f"causal attention of {query.shape[1]} queries needs as many keys, got {key.shape[1]}")
     return flash_attn.flash_attn_func(query, key, value, **options), None
+
+
+def refuse_sinks(sink_tokens: int) -> None:
+    """Raise ValueError for sink tokens, which no argument of flash-attn can free from the bias."""
+    if sink_tokens:
+        raise ValueError(
+            f"alibi_sink_tokens is {sink_tokens}, but flash-attn gives the bias to every key; make it 0, {_OTHERWISE}"
+        )
 
 
 def load_flash_attn() -> Any:

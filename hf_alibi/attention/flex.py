@@ -78,6 +78,8 @@ def flex_alibi_attention(
     runs = runs_of(attention_mask, query, key)
     # A tensor of this call: one that was cached in inference mode could not be kept for a backward pass.
     penalty = slopes.per_head.clone()
+    # Not a number, for which each value would be a kernel of its own.
+    sinks = torch.full((1,), slopes.sink_tokens, dtype=torch.int32, device=query.device) if slopes.sink_tokens else None
     if slopes.dynamic is not None:
         penalty = slopes.for_queries(lambda: runs.seen[:, None])[..., 0]
     partial, full = visible_blocks(runs, keys)
@@ -86,6 +88,8 @@ def flex_alibi_attention(
         if not compiling and runs.position is None and slopes.dynamic is None and 2 * BLOCK < queries == keys:
             tolerance = exact_tolerance(query.dtype) if config.alibi_tolerance is None else config.alibi_tolerance
             kept = _kept_blocks(query.detach(), key.detach(), runs, penalty, scaling, tolerance)
+            if slopes.sink_tokens:
+                kept = kept | _sink_blocks(runs, slopes.sink_tokens)
             partial, full = partial & kept, full & kept
         spare = max(0, _NARROWEST - query.shape[-1])
         query, key, value = (pad(tensor, (0, spare)) if spare else tensor for tensor in (query, key, value))
@@ -102,10 +106,9 @@ def flex_alibi_attention(
                 torch._dynamo.mark_static(penalty)
                 torch._dynamo.mark_static(runs.table)
             attend = _compiled(dynamic=False if per_query and query.device.type == "cpu" else None)
-        # Not a number, for which each value would be a kernel of its own.
         scale = torch.full((1,), scaling, dtype=torch.float32, device=query.device)
         options = kwargs.get("kernel_options")
-        output = attend(query, key, value, penalty, runs.table, partial, full, scale, options)[..., :width]
+        output = attend(query, key, value, penalty, runs.table, partial, full, scale, sinks, options)[..., :width]
     if runs.consecutive is not None:
         output = output.masked_fill(~runs.consecutive[:, None, :, None], math.nan)
     return output.transpose(1, 2).contiguous(), None
@@ -126,6 +129,7 @@ def _attend(
     partial: Tensor,
     full: Tensor,
     scaling: Tensor,
+    sinks: Tensor | None,
     kernel_options: Any,
 ) -> Tensor:
     """flex_attention with the bias, over the keys that each query sees.
@@ -137,8 +141,12 @@ def _attend(
         table: see `Runs`.
         partial, full: bool (batch, 1 or heads, query blocks, key blocks), to be read with the mask and without.
         scaling: float32 (1,), of the logits.
+        sinks: int32 (1,), so many of the first tokens that a query sees have no bias; None for none.
         kernel_options: of flex_attention.
     """
+
+    def first(b: Tensor, q: Tensor) -> Tensor:
+        return table[0, b] if table.ndim == 2 else table[0, b, q]
 
     def last(b: Tensor, q: Tensor) -> Tensor:
         return torch.minimum(table[1, b], q + table[2, b]) if table.ndim == 2 else table[1, b, q]
@@ -149,11 +157,13 @@ def _attend(
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         slope = slopes[h] if slopes.ndim == 1 else slopes[b, h, q]
         # Distances stay integers until they meet the slope, and are small where they matter.
-        return score * scaling[0] - slope * (last(b, q) - position(b, k))
+        distance = last(b, q) - position(b, k)
+        if sinks is not None:
+            distance = torch.where(position(b, k) - first(b, q) < sinks[0], 0, distance)
+        return score * scaling[0] - slope * distance
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        first = table[0, b] if table.ndim == 2 else table[0, b, q]
-        return (first <= position(b, k)) & (position(b, k) <= last(b, q))
+        return (first(b, q) <= position(b, k)) & (position(b, k) <= last(b, q))
 
     block_mask = BlockMask.from_kv_blocks(
         *_indices(partial),
@@ -226,3 +236,11 @@ def _kept_blocks(query: Tensor, key: Tensor, runs: Runs, slopes: Tensor, scaling
         share = bound.amax(dim=-2) - slope * ((behind - 1) * BLOCK + 1) + series
         kept.append(~left_out(share.masked_fill(behind < 2, math.inf), tolerance))
     return pad(torch.cat(kept, dim=3).flatten(1, 2), (0, 1), value=True)
+
+
+def _sink_blocks(runs: Runs, sink_tokens: int) -> Tensor:
+    """Bool (batch, 1, query blocks, key blocks), True where a query block sees sinks; a key's position is its index."""
+    first = by_block(runs.first, runs.first.shape[-1])
+    begin = torch.arange(first.shape[1], device=first.device) * BLOCK
+    sees = (first[..., None] < begin + BLOCK) & (first[..., None] + sink_tokens > begin)
+    return sees.any(dim=-2)[:, None]

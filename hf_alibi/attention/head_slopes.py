@@ -1,4 +1,4 @@
-"""Which slopes a self-attention layer uses: read from its config, kept in float32 per device."""
+"""Which slopes and sink tokens a self-attention layer uses: read from its config, slopes in float32 per device."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ class HeadSlopes:
     """(heads,) float32, logits per token of distance."""
     dynamic: tuple[int, float | None] | None = None
     """Training length in tokens and ceiling, see `dynamic_scale`; None for slopes that depend on the head alone."""
+    sink_tokens: int = 0
+    """How many of the first keys that a query sees it meets with slope 0 (Xiao et al. 2023, arXiv 2309.17453)."""
 
     def for_queries(self, count_context: Callable[[], Tensor]) -> Tensor:
         """Slopes that broadcast to (batch, heads, queries, 1).
@@ -70,10 +72,10 @@ def head_slopes(module: nn.Module, query: HasShape, value: HasShape, device: tor
     if heads != total:
         per_head = per_head[first : first + heads]
     if scaling is None or scaling["type"] != "dynamic":
-        return HeadSlopes(per_head)
+        return HeadSlopes(per_head, sink_tokens=config.alibi_sink_tokens)
     if config.alibi_train_length is None:
         raise ValueError("alibi_scaling of type 'dynamic' needs alibi_train_length, the tokens trained on")
-    return HeadSlopes(per_head, (config.alibi_train_length, scaling.get("factor")))
+    return HeadSlopes(per_head, (config.alibi_train_length, scaling.get("factor")), config.alibi_sink_tokens)
 
 
 def _build(

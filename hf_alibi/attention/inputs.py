@@ -41,6 +41,13 @@ def refuse_unsupported(
             raise ValueError(
                 f"ALiBi attention '{name}' of {type(module).__name__} does not support {meaning} ({argument}=...)"
             )
+    window = kwargs.get("sliding_window")
+    config: Any = module.config
+    if window is not None and config.alibi_sink_tokens:
+        raise ValueError(
+            f"alibi_sink_tokens needs layers that see the whole sequence, but {type(module).__name__} was called with "
+            f"sliding_window={window}; set alibi_sink_tokens to 0"
+        )
     if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
         raise ValueError(f"ALiBi is for causal attention; {type(module).__name__} was called with is_causal=False")
 

@@ -13,7 +13,10 @@ __all__ = ["Reads", "record_reads", "recording", "report_reads"]
 
 @dataclass(frozen=True)
 class Reads:
-    """What one call of an attention layer read of one segment (a sequence without its padding)."""
+    """What one call of an attention layer read of one segment (a sequence without its padding).
+
+    Where there are sink tokens, their own queries are a segment.
+    """
 
     batch: int
     """Sequences in the segment."""
@@ -22,7 +25,7 @@ class Reads:
     pairs: tuple[int, ...]
     """Pairs of a query and a key that each head read, of `causal_pairs`; a block reads its pairs together."""
     windows: tuple[int, ...]
-    """Tokens that the furthest key which each head read lies behind its query."""
+    """Tokens that the furthest key which each head read, sinks aside, lies behind its query."""
 
     @property
     def causal_pairs(self) -> int:
@@ -61,8 +64,10 @@ def recording() -> bool:
     return bool(_open)
 
 
-def report_reads(*, batch: int, heads: int, queries: int, keys: int, spans: Mapping[int, Sequence[Span]]) -> None:
-    """Tell all open records; heads without spans read everything."""
+def report_reads(
+    *, batch: int, heads: int, queries: int, keys: int, spans: Mapping[int, Sequence[Span]], sinks: int = 0
+) -> None:
+    """Tell all open records; heads without spans read everything, and all read `sinks` further keys before `keys`."""
     offset = keys - queries
     pairs, windows = [], []
     for head in range(heads):
@@ -73,7 +78,9 @@ def report_reads(*, batch: int, heads: int, queries: int, keys: int, spans: Mapp
         pairs.append(batch * sum(span.blocks * _pairs(span, offset) for span in spans[head]))
         windows.append(max(offset + span.query + span.rows - 1 - _first(span) for span in spans[head]))
     for reads in _open:
-        reads.append(Reads(batch, queries, keys, tuple(pairs), tuple(windows)))
+        reads.append(
+            Reads(batch, queries, keys + sinks, tuple(n + batch * queries * sinks for n in pairs), tuple(windows))
+        )
 
 
 def _triangle(queries: int, keys: int) -> int:

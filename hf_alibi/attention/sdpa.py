@@ -73,7 +73,7 @@ def sdpa_alibi_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     config: Any = module.config
     tolerance = exact_tolerance(query.dtype) if config.alibi_tolerance is None else config.alibi_tolerance
-    layer = lse = None
+    layer = lse = seen = None
     if isinstance(key, CachedStates):
         layer, states = key.layer, cast(CachedStates, value)
         # Half for what the cache has dropped, half for what is not read of the rest.
@@ -101,7 +101,7 @@ def sdpa_alibi_attention(
                 tolerance=tolerance,
             )
         if layer is not None:
-            layer.observe(query, lse, slopes=slopes, scaling=scaling, default=tolerance)
+            layer.observe(query, lse, seen, slopes=slopes, scaling=scaling, default=tolerance)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -166,7 +166,16 @@ def _windowed(
         if found is None:
             return None
         segments, rests = found
-    output = windowed_attention(query, key, value, slopes.per_head, scaling, segments=segments, tolerance=tolerance)
+    output = windowed_attention(
+        query,
+        key,
+        value,
+        slopes.per_head,
+        scaling,
+        segments=segments,
+        tolerance=tolerance,
+        sink_tokens=slopes.sink_tokens,
+    )
     # What the backward pass needs of it must stay as it is.
     output = output.clone() if rests else output
     for rest in rests:

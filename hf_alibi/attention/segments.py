@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,23 @@ class Segment:
     batch: slice
     queries: slice
     keys: slice
+    sinks: slice | None = None
+    """Keys right before these, which every query sees as well, and without bias; None for no such keys."""
+    has_bias: bool = True
+
+    def split(self, sink_tokens: int) -> Iterator[Segment]:
+        """The same with its first keys as `sinks`: queries up to the last sink, which see no bias, and those after."""
+        if sink_tokens == 0:
+            yield self
+            return
+        begin = min(self.keys.start + sink_tokens, self.keys.stop)
+        after = self.queries.stop - min(self.keys.stop - begin, self.queries.stop - self.queries.start)
+        if after > self.queries.start:
+            own = slice(self.keys.start, self.keys.stop - (self.queries.stop - after))
+            yield Segment(self.batch, slice(self.queries.start, after), own, has_bias=False)
+        if after < self.queries.stop:
+            rest = slice(begin, self.keys.stop)
+            yield Segment(self.batch, slice(after, self.queries.stop), rest, slice(self.keys.start, begin))
 
     @classmethod
     def causal(cls, queries: int, keys: int) -> Segment:

@@ -2,7 +2,8 @@
 
 Each head reads its near keys first, with the bias as a small dense matrix that all blocks of queries share. What it
 must read beyond is decided by `reach` from the data. There the bias is one row, slope × key position, since softmax
-ignores a constant per query. Parts are merged by their log-sum-exp, and the backward pass splits the same way.
+ignores a constant per query. Parts are merged by their log-sum-exp, and the backward pass splits the same way. Sink
+tokens are a part of their own, which every query reads without bias; the other parts never hold them.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def windowed_attention(
     *,
     segments: Sequence[Segment],
     tolerance: float | None = None,
+    sink_tokens: int = 0,
 ) -> Tensor:
     """Causal attention with the ALiBi bias inside each segment; queries of no segment get zeros.
 
@@ -55,12 +57,13 @@ def windowed_attention(
         scaling: of the logits.
         segments: see `Segment`; no query is in two of them.
         tolerance: share of a row's weights that may be left out; None for `exact_tolerance`.
+        sink_tokens: so many of the first keys of each segment have no bias.
 
     Returns (batch, heads, queries, head_dim). What leaving keys out adds to the error is at most twice the tolerance
     times the largest value. There is no second derivative.
     """
     tolerance = exact_tolerance(query.dtype) if tolerance is None else tolerance
-    output: Tensor = _Windowed.apply(query, key, value, slopes.tolist(), scaling, tolerance, segments)
+    output: Tensor = _Windowed.apply(query, key, value, slopes.tolist(), scaling, tolerance, segments, sink_tokens)
     return output
 
 
@@ -75,6 +78,7 @@ class _Windowed(torch.autograd.Function):
         scaling: float,
         tolerance: float,
         segments: Sequence[Segment],
+        sink_tokens: int,
     ) -> Tensor:
         query, key, value = (_with_rows(x) for x in (query, key, value))
         batch, heads, queries, width = query.shape
@@ -84,11 +88,13 @@ class _Windowed(torch.autograd.Function):
         output = make(batch, queries, heads, width).transpose(1, 2)
         # Half types are summed in float32.
         lse = make(batch, heads, queries, dtype=torch.promote_types(query.dtype, torch.float32))
+        segments = [part for segment in segments for part in segment.split(sink_tokens)]
         far = [
             _forward(
                 *(_of_queries(x, segment) for x in (query, output, lse)),
                 *(_of_keys(x, segment) for x in (key, value)),
-                slopes=slopes,
+                sinks=_sinks_of((key, value), segment),
+                slopes=_slopes_in(segment, slopes),
                 scaling=scaling,
                 tolerance=tolerance,
             )
@@ -108,11 +114,12 @@ class _Windowed(torch.autograd.Function):
             _backward(
                 *(_of_queries(x, segment) for x in (grad, query, output, lse, gradients[0])),
                 *(_of_keys(x, segment) for x in (key, value, *gradients[1:])),
-                slopes=slopes,
+                sinks=_sinks_of((key, value, *gradients[1:]), segment),
+                slopes=_slopes_in(segment, slopes),
                 scaling=scaling,
                 far=far,
             )
-        return *(total.to(query.dtype) for total in gradients), None, None, None, None
+        return *(total.to(query.dtype) for total in gradients), None, None, None, None, None
 
 
 def _with_rows(x: Tensor) -> Tensor:
@@ -126,6 +133,15 @@ def _of_queries(x: Tensor, segment: Segment) -> Tensor:
 
 def _of_keys(x: Tensor, segment: Segment) -> Tensor:
     return x[segment.batch, :, segment.keys]
+
+
+def _sinks_of(tensors: Sequence[Tensor], segment: Segment) -> list[Tensor]:
+    """Of each tensor (batch, key-value heads, keys, head_dim) the sinks of a segment, if it has any."""
+    return [x[segment.batch, :, segment.sinks] for x in tensors if segment.sinks is not None]
+
+
+def _slopes_in(segment: Segment, slopes: list[float]) -> list[float]:
+    return slopes if segment.has_bias else [0.0] * len(slopes)
 
 
 @dataclass(frozen=True)
@@ -148,18 +164,27 @@ def _forward(
     key: Tensor,
     value: Tensor,
     *,
+    sinks: list[Tensor],
     slopes: list[float],
     scaling: float,
     tolerance: float,
 ) -> dict[int, list[Span]]:
-    """Fill `output` and `lse` of one segment; returns what each head that is not flat reads beyond its near keys."""
+    """Fill `output` and `lse` of one segment; returns what each head that is not flat reads beyond its near keys.
+
+    `sinks` are the keys and values of sinks, if any.
+    """
     queries, keys, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
     flat, others = _flat_runs(slopes, queries, keys, groups)
     for run in flat:
         bias = _flat_bias(slopes[run], queries, lse.dtype)
         k, v = _for_run(key, run, groups), _for_run(value, run, groups)
-        output[:, run], part_lse = _attend(query[:, run], k, v, 0.0, True, attn_mask=bias, scale=scaling)
-        lse[:, run] = part_lse - bias[:, :, 0]
+        total, part_lse = _attend(query[:, run], k, v, 0.0, True, attn_mask=bias, scale=scaling)
+        row_lse = part_lse - bias[:, :, 0]
+        if sinks:
+            total = total.to(lse.dtype)
+            k, v = (_for_run(x, run, groups) for x in sinks)
+            _merge(total, row_lse, *_attend(query[:, run], k, v, 0.0, False, scale=scaling))
+        output[:, run], lse[:, run] = total, row_lse
     same = output.dtype == lse.dtype
     far: dict[int, list[Span]] = {}
     if others:
@@ -172,6 +197,9 @@ def _forward(
         for part in _near_parts(slope, block, queries, keys, lse.dtype):
             near, near_lse = _call(part, q, k, v, scaling)
             total[:, part.span.queries], row_lse[:, part.span.queries] = near, near_lse
+        if sinks:
+            sink_key, sink_value = (x[:, head // groups] for x in sinks)
+            _merge(total, row_lse, *_call(_sink_part(sink_key, queries, lse.dtype), q, sink_key, sink_value, scaling))
         kept = kept_blocks(
             q,
             k,
@@ -189,7 +217,8 @@ def _forward(
             output[:, head] = total
     if recording():
         spans = {head: [*_near_spans(_block_size(slopes[head]), queries, keys), *far[head]] for head in others}
-        report_reads(batch=len(query), heads=len(slopes), queries=queries, keys=keys, spans=spans)
+        read = sinks[0].shape[2] if sinks else 0
+        report_reads(batch=len(query), heads=len(slopes), queries=queries, keys=keys, spans=spans, sinks=read)
     return far
 
 
@@ -204,42 +233,78 @@ def _backward(
     d_key: Tensor,
     d_value: Tensor,
     *,
+    sinks: list[Tensor],
     slopes: list[float],
     scaling: float,
     far: dict[int, list[Span]],
 ) -> None:
-    """Add one segment's gradients; any part of a softmax has its own from the final output and log-sum-exp alone."""
+    """Add one segment's gradients; any part of a softmax has its own from the final output and log-sum-exp alone.
+
+    `sinks` are the keys and values of sinks and their gradients, if any.
+    """
     queries, keys, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    everything, of_queries = [key, value, d_key, d_value], (grad, query, output, lse)
     for run in _flat_runs(slopes, queries, keys, groups)[0]:
         bias = _flat_bias(slopes[run], queries, lse.dtype)
-        k, v = _for_run(key, run, groups), _for_run(value, run, groups)
-        row_lse = lse[:, run] + bias[:, :, 0]
-        d_query[:, run], *rest = _attend_backward(
-            grad[:, run], query[:, run], k, v, output[:, run], row_lse, 0.0, True, attn_mask=bias, scale=scaling
-        )
-        for total, part in zip((d_key, d_value), rest, strict=True):
-            into = _for_run(total, run, groups, expand=False)
-            into += part if groups == 1 else part.sum(dim=1, keepdim=True)
+        rows = [x[:, run] for x in of_queries]
+        d_query[:, run] = _backward_of_run(rows, everything, run, groups, scaling, bias)
+        if sinks:
+            d_query[:, run] += _backward_of_run(rows, sinks, run, groups, scaling, None)
     for head, spans in far.items():
         slope, own = slopes[head], head // groups
         near = _near_parts(slope, _block_size(slope), queries, keys, lse.dtype)
-        for part in map(_split_rows, (*near, *_far_parts(spans, slope, queries, keys, lse.dtype))):
-            blocks = [_blocks(x[:, head], part.span) for x in (grad, query, output, lse)]
-            k, v = _keys(key[:, own], part.span), _keys(value[:, own], part.span)
-            dq, dk, dv = _attend_backward(
-                *blocks[:2],
-                k,
-                v,
-                blocks[2],
-                blocks[3] + part.shift,
-                0.0,
-                part.causal,
-                attn_mask=part.bias,
-                scale=scaling,
+        parts = [(part, everything) for part in (*near, *_far_parts(spans, slope, queries, keys, lse.dtype))]
+        if sinks:
+            parts.append((_sink_part(sinks[0][:, own], queries, lse.dtype), sinks))
+        for part, of_keys in parts:
+            part = _split_rows(part)
+            d_query[:, head, part.span.queries] += _backward_of_part(
+                part, [x[:, head] for x in of_queries], [x[:, own] for x in of_keys], scaling
             )
-            d_query[:, head, part.span.queries] += dq.flatten(1, 2)
-            _add_to_keys(d_key[:, own], dk, part.span)
-            _add_to_keys(d_value[:, own], dv, part.span)
+
+
+def _backward_of_run(
+    of_queries: Sequence[Tensor],
+    of_keys: Sequence[Tensor],
+    run: slice,
+    groups: int,
+    scaling: float,
+    bias: Tensor | None,
+) -> Tensor:
+    """Gradient of a run's queries; those of keys and values are added to what is there.
+
+    Args:
+        of_queries: gradient, queries, output and log-sum-exp of the run.
+        of_keys: keys, values and their gradients of all heads.
+        run: of flat heads.
+        groups: query heads to a key head.
+        scaling: of the logits.
+        bias: of causal attention, see `_flat_bias`; None for keys that all queries see without.
+    """
+    grad, query, output, lse = of_queries
+    key, value = (_for_run(x, run, groups) for x in of_keys[:2])
+    row_lse = lse if bias is None else lse + bias[:, :, 0]
+    dq: Tensor
+    dq, *rest = _attend_backward(
+        grad, query, key, value, output, row_lse, 0.0, bias is not None, attn_mask=bias, scale=scaling
+    )
+    for total, part in zip(of_keys[2:], rest, strict=True):
+        into = _for_run(total, run, groups, expand=False)
+        into += part if groups == 1 else part.sum(dim=1, keepdim=True)
+    return dq
+
+
+def _backward_of_part(part: _Part, of_queries: Sequence[Tensor], of_keys: Sequence[Tensor], scaling: float) -> Tensor:
+    """As `_backward_of_run`, for one part of a head; `of_queries` and `of_keys` are of that head."""
+    grad, query, output, lse = (_blocks(x, part.span) for x in of_queries)
+    key, value = (_keys(x, part.span) for x in of_keys[:2])
+    dq: Tensor
+    dq, *rest = _attend_backward(
+        grad, query, key, value, output, lse + part.shift, 0.0, part.causal, attn_mask=part.bias, scale=scaling
+    )
+    for total, gradient in zip(of_keys[2:], rest, strict=True):
+        _add_to_keys(total, gradient, part.span)
+    return dq.flatten(1, 2)
 
 
 def _call(part: _Part, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -331,6 +396,15 @@ def _near_parts(slope: float, block: int, queries: int, keys: int, dtype: torch.
         # The last key of a span is the own key of its last query.
         end = bias.shape[1] - block + span.rows
         yield _Part(span, bias[None, None, : span.rows, end - span.keys : end], 0.0, causal=span.keys == span.rows)
+
+
+# Sinks
+
+
+def _sink_part(key: Tensor, queries: int, dtype: torch.dtype) -> _Part:
+    """All queries over the sinks (batch, sinks, head_dim) of a head, without bias."""
+    sinks = key.shape[1]
+    return _Part(Span(0, 1, queries, 0, sinks), torch.zeros(1, 1, 1, sinks, dtype=dtype), 0.0)
 
 
 # Far keys
