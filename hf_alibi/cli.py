@@ -17,6 +17,7 @@ usage: hf-alibi COMMAND CONFIG.yaml [--field value ...]
 
 commands:
   convert       turn a pretrained model into an ALiBi model by the whole recipe, and compare
+  ablation      train with one part of that recipe changed at a time, over several seeds
   finetune      convert a model to ALiBi (or leave it alone) and train it
   extrapolate   perplexity of trained models at lengths beyond training
   benchmark     time and memory of ALiBi against what a model used before
@@ -74,6 +75,15 @@ def _convert(argv: Sequence[str]) -> None:
         _print(f"held-out perplexity of the converted model is {ratio:.3f} times that of the control")
 
 
+def _ablation(argv: Sequence[str]) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
+    from .ablation import ablation
+
+    disable_progress_bar()
+    ablation(argv)
+
+
 def _finetune(argv: Sequence[str]) -> None:
     from transformers.utils.logging import disable_progress_bar
 
@@ -126,6 +136,7 @@ def _benchmark(argv: Sequence[str]) -> None:
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "convert": _convert,
+    "ablation": _ablation,
     "finetune": _finetune,
     "extrapolate": _extrapolate,
     "benchmark": _benchmark,

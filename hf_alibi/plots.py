@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["cost_by_length", "loss_by_position", "loss_curve", "perplexity_by_length", "require_matplotlib"]
+__all__ = [
+    "cost_by_length",
+    "loss_by_position",
+    "loss_by_row",
+    "loss_curve",
+    "perplexity_by_length",
+    "require_matplotlib",
+]
 
 # The palette of Okabe and Ito, which colour-blind readers can tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -171,6 +178,27 @@ def cost_by_length(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         panel.set_xlabel("length (tokens)")
         panel.set_title(title, fontsize=11)
     _legend(figure, cost)
+    _save(figure, path)
+
+
+def loss_by_row(results: Results, path: Path) -> None:
+    """Draw the held-out loss of each row of an ablation, a bar for the mean and a dot a seed, as a PNG at `path`."""
+    rows = results["rows"]
+    figure = _figure(width=7.0, height=1.2 + 0.4 * len(rows))
+    panel = figure.subplots()
+    names = [row["row"] for row in rows]
+    control = results["settings"]["control"]
+    colours = [_COLOURS[1] if name == control else _COLOURS[0] for name in names]
+    panel.barh(names, [row["nats_per_token"] for row in rows], color=colours, alpha=0.6, height=0.7)
+    for run in results["runs"]:
+        panel.plot(run["nats_per_token"], names.index(run["row"]), "o", color="black", markersize=3)
+    losses = [run["nats_per_token"] for run in results["runs"]]
+    margin = 0.1 * (max(losses) - min(losses)) or 0.1
+    # Losses differ by a few tenths of nats: from zero, no difference could be seen.
+    panel.set_xlim(min(losses) - margin, max(losses) + margin)
+    panel.invert_yaxis()
+    panel.set_xlabel("held-out loss (nats per token; the axis does not begin at 0)")
+    panel.grid(axis="x", alpha=0.25)
     _save(figure, path)
 
 
