@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .bias import build_alibi_tensor
     from .cache import AlibiCache
     from .configuration import AlibiConfig
+    from .conversion.matching import match_heads
+    from .converting import convert
     from .errors import InputError, VerificationError
     from .evaluation import evaluate_extrapolation
     from .families import supported_families
@@ -33,7 +35,9 @@ __all__ = [
     "alibi_slopes",
     "apply_alibi",
     "build_alibi_tensor",
+    "convert",
     "evaluate_extrapolation",
+    "match_heads",
     "record_reads",
     "supported_families",
     "verify_alibi",
@@ -48,7 +52,9 @@ _MODULES = {
     "alibi_slopes": "slopes",
     "apply_alibi": "patching",
     "build_alibi_tensor": "bias",
+    "convert": "converting",
     "evaluate_extrapolation": "evaluation",
+    "match_heads": "conversion.matching",
     "record_reads": "attention.reading",
     "supported_families": "families",
     "verify_alibi": "verification",

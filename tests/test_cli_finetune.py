@@ -37,7 +37,7 @@ def test_help_and_version(capsys):
 @pytest.mark.parametrize("argv", [[], ["finetun", "run.yaml"]])
 def test_wrong_usage(argv, capsys):
     assert cli.main(argv) == 2
-    assert "commands: finetune, extrapolate" in capsys.readouterr().err
+    assert "commands: convert, ablation, finetune, extrapolate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [InputError("bad\nvalue"), OSError("bad value")])

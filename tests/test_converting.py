@@ -1,0 +1,217 @@
+"""A whole conversion, and an ablation, on tiny models."""
+
+import json
+import math
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import datasets
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import hf_alibi
+from hf_alibi import cli
+from hf_alibi.ablation import ablation, ablation_table
+from hf_alibi.converting import convert, perplexity_ratio, run
+from hf_alibi.data import load_tokenizer
+from hf_alibi.errors import InputError
+from hf_alibi.training import finetune
+
+BLOCK = 32
+SETTINGS = {
+    "model_name_or_path": "stock",
+    "train_file": ["text.txt"],
+    "validation_fraction": 0.2,
+    "block_size": BLOCK,
+    "budget_tokens": 6 * 4 * BLOCK,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "logging_steps": 2,
+    "disable_tqdm": True,
+    "output_dir": "run",
+}
+RECIPE = {"match_tokens": 4 * BLOCK, "sink_tokens": 1, "distill_tokens": 32 * BLOCK, "distill_epochs": 1}
+COMPARISON = {"lengths": [32, 64], "scored_tokens": 128, "stride": 16}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """A folder with a text and an unconverted LLaMA in it, and no network."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("\n".join(topics[name] for name in sorted(topics))[:6000])
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    save(LlamaForCausalLM(LlamaConfig(vocab_size=259, num_key_value_heads=2, initializer_range=0.2, **sizes)), "stock")
+
+
+def save(model, folder):
+    model.save_pretrained(folder)
+    load_tokenizer("bytes").save_pretrained(folder)
+
+
+def write(**values):
+    Path("run.yaml").write_text(yaml.safe_dump({**SETTINGS, **values}))
+    return ["run.yaml"]
+
+
+def test_one_call_converts_trains_and_compares():
+    result = convert(SETTINGS, **RECIPE, **COMPARISON, control=True)
+    training, control = result["training"], result["control"]
+    # 6 steps of 4 blocks are what the budget is enough for.
+    assert (training["steps"], training["tokens_seen"]) == (6, 6 * 4 * BLOCK)
+    assert (control["steps"], control["tokens_seen"]) == (6, 6 * 4 * BLOCK)
+    assert [sorted(order) for order in training["conversion"]["head_order"]] == [[0, 1, 2, 3]] * 2
+    assert len(training["conversion"]["attention_error"]) == 2
+    assert control["conversion"] == {}
+    assert control["config"]["attention"] == "original"
+    expected = math.exp(training["eval_loss"] - control["eval_loss"])
+    assert perplexity_ratio(result) == pytest.approx(expected)
+
+    model = AutoModelForCausalLM.from_pretrained("run")
+    assert isinstance(model, hf_alibi.AlibiLlamaForCausalLM)
+    assert (model.config.alibi_sink_tokens, model.config.alibi_train_length) == (1, BLOCK)
+    assert AutoModelForCausalLM.from_pretrained("run/control").config.model_type == "llama"
+    assert set(result["evaluation"]["models"]) == {"alibi", "original"}
+    assert {row["length"] for row in result["evaluation"]["rows"]} == {32, 64}
+    assert Path("run/evaluation/report.md").is_file()
+    saved = json.loads(Path("run/metrics.json").read_text())
+    assert saved["config"]["distill_tokens"] == RECIPE["distill_tokens"]
+
+
+def test_without_a_control_the_untouched_model_is_compared():
+    result = run([*write(**COMPARISON), "--sink_tokens", "2"])
+    assert result["control"] is None
+    assert perplexity_ratio(result) is None
+    assert result["evaluation"]["models"]["original"]["source"] == "stock"
+    assert AutoModelForCausalLM.from_pretrained("run").config.alibi_sink_tokens == 2
+
+
+def test_the_recipe_is_seen_in_the_weights():
+    """Each part changes where training starts, and no part changes the other settings."""
+    losses = {}
+    for name, parts in {"none": {}, **{part: {part: value} for part, value in RECIPE.items()}}.items():
+        metrics = finetune(write(**parts, output_dir=f"run-{name}", learning_rate=0.0))
+        losses[name] = metrics["eval_loss"]
+    assert len({round(loss, 6) for name, loss in losses.items() if name != "distill_epochs"}) == 4
+    assert losses["distill_epochs"] == losses["none"]
+
+
+def test_learned_positions_are_matched_within_their_table():
+    torch.manual_seed(0)
+    save(
+        GPT2LMHeadModel(GPT2Config(vocab_size=259, n_positions=16, n_embd=32, n_layer=2, n_head=4)),
+        "short",
+    )
+    metrics = finetune(write(model_name_or_path="short", match_tokens=4 * BLOCK))
+    assert len(metrics["conversion"]["head_order"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"match_tokens": -1}, "match_tokens is -1; it must be at least 0"),
+        ({"distill_epochs": 0}, "distill_epochs is 0; it must be above 0"),
+        ({"match_tokens": 10**9}, "match_tokens is 1,000,000,000, but there are"),
+        ({"distill_tokens": BLOCK}, "was given 1 blocks of text and needs at least 16"),
+        ({"budget_tokens": 40}, "budget_tokens 40 are less than one step of 128 tokens"),
+        ({"budget_tokens": 4}, "budget_tokens is 4, less than one block of 32 tokens"),
+        ({"max_steps": 4}, "both budget_tokens and max_steps given"),
+    ],
+)
+def test_what_the_recipe_cannot_be_is_said_before_training(values, message):
+    with pytest.raises(InputError, match=message):
+        finetune(write(**values))
+    assert not Path("run").exists()
+
+
+def test_a_converted_model_is_not_converted_again():
+    finetune(write())
+    with pytest.raises(InputError, match="match_tokens given, but run is already converted; leave them out"):
+        finetune(write(model_name_or_path="run", output_dir="again", match_tokens=64))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"attention": "nope"}, "leave attention as alibi"),
+        ({"lengths": [32, 64], "scored_tokens": 12_800}, "the text has"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_found_before_training(values, message):
+    with pytest.raises(InputError, match=message):
+        convert({**SETTINGS, **values})
+    assert not Path("run").exists()
+
+
+def test_unknown_fields_are_named():
+    with pytest.raises(InputError, match="unknown field 'sink_token' in the arguments; did you mean sink_tokens"):
+        convert(SETTINGS, sink_token=1)
+
+
+def test_the_command_says_what_it_cost(capsys):
+    assert cli.main(["convert", *write(**COMPARISON), "--control", "true"]) == 0
+    assert "held-out perplexity of the converted model is" in capsys.readouterr().out
+    assert Path("run/loss.png").is_file()
+    assert Path("run/control/loss.png").is_file()
+
+
+ROWS = {"control": {"attention": "original"}, "none": {}, "sink": {"sink_tokens": 1}}
+
+
+def test_an_ablation_is_a_run_for_each_row_and_seed():
+    results = ablation(write(rows=ROWS, seeds=[1, 2], control="control", output_dir="ablation"))
+    assert [(row["row"], row["tokens"]) for row in results["rows"]] == [(name, 768) for name in ROWS]
+    control, none, sink = results["rows"]
+    assert control["ratio"] == 1
+    losses = {(one["row"], one["seed"]): one["nats_per_token"] for one in results["runs"]}
+    assert len(set(losses.values())) == 6
+    assert none["nats_per_token"] == pytest.approx((losses["none", 1] + losses["none", 2]) / 2)
+    assert none["nats_deviation"] == pytest.approx(abs(losses["none", 1] - losses["none", 2]) / math.sqrt(2))
+    ratios = [math.exp(losses["sink", seed] - losses["control", seed]) for seed in (1, 2)]
+    assert sink["ratio"] == pytest.approx(sum(ratios) / 2)
+    for name in ("results.json", "results.csv", "ablation.md", "ablation.png"):
+        assert Path("ablation", name).is_file()
+    assert not list(Path("ablation").rglob("*.safetensors"))
+    assert f"| sink | {sink['nats_per_token']:.3f} ±" in ablation_table(results)
+    # Each row is the run that finetune makes of the same settings.
+    alone = finetune(write(**ROWS["sink"], seed=2, output_dir="alone"))
+    assert alone["eval_loss"] == losses["sink", 2]
+
+
+def test_complete_runs_are_not_repeated(monkeypatch):
+    first = ablation(write(rows=ROWS, seeds=[1], output_dir="ablation"))
+    monkeypatch.setattr("hf_alibi.ablation.train", lambda *settings: pytest.fail("trained again"))
+    again = ablation(write(rows=ROWS, seeds=[1], output_dir="ablation"))
+    assert again["rows"] == first["rows"]
+    with pytest.raises(InputError, match="holds a run with other settings"):
+        ablation(write(rows=ROWS, seeds=[1], output_dir="ablation", learning_rate=2e-3))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rows": None}, "rows is None; it must be a mapping"),
+        ({"rows": {"a": 1}}, "it must be a mapping, {name: {field: value"),
+        ({"rows": ROWS, "control": "other"}, "control is 'other'; the rows are control, none, sink"),
+        ({"rows": {"a b": {}, "a-b": {}}}, "do not have folders of their own"),
+        ({"rows": {"a": {"sink_token": 1}}}, "unknown field 'sink_token'"),
+    ],
+)
+def test_an_ablation_that_cannot_be_is_refused_before_training(values, message):
+    with pytest.raises(InputError, match=message):
+        ablation(write(**values, output_dir="ablation"))
+    assert not Path("ablation").exists()
