@@ -191,6 +191,7 @@ def test_stock_defaults_are_kept():
             "alibi_train_length",
             "alibi_scaling",
             "alibi_tolerance",
+            "alibi_sink_tokens",
         }
 
 
