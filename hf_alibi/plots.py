@@ -29,12 +29,12 @@ __all__ = [
 
 
 class _Style(NamedTuple):
-    """How a line over length is drawn: `band` is the opacity of its interval."""
+    """How a line over length is drawn; `band`: with its interval."""
 
     line: Any
     marker: str
-    band: float
-    zorder: int
+    band: bool = False
+    zorder: int = 2
 
 
 # The palette of Okabe and Ito, which colour-blind readers can tell apart.
@@ -42,12 +42,12 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 # Above this ratio of largest to smallest value a linear axis squashes the small ones.
 _LOG_RATIO = 8.0
 # By context; baselines take theirs in turn.
-_STYLES = {"full": _Style("-", "o", 0.18, 3), "cropped": _Style("--", "", 0.0, 2)}
+_STYLES = {"full": _Style("-", "o", band=True, zorder=3), "cropped": _Style("--", "")}
 _BASELINE_STYLES = (
-    _Style("-.", "s", 0.08, 2),
-    _Style((0, (1, 1.2)), "^", 0.08, 2),
-    _Style((0, (5, 1.5, 1, 1.5, 1, 1.5)), "D", 0.08, 2),
-    _Style((0, (3, 1)), "v", 0.08, 2),
+    _Style((0, (1, 1.2)), "^"),
+    _Style((0, (6, 1.5, 1, 1.5)), "s"),
+    _Style((0, (5, 1.5, 1, 1.5, 1, 1.5)), "D"),
+    _Style((0, (9, 2)), "v"),
 )
 # Panels in a row of a map, and letters in a line of their titles.
 _MAP_COLUMNS = 4
@@ -58,19 +58,18 @@ _TITLES = {"sliding": "sliding window", "non_overlapping": "non-overlapping wind
 def perplexity_by_length(results: Results, path: Path) -> None:
     """Draw perplexity against length, one panel a protocol, one line a model, as a PNG at `path`.
 
-    A model has its colour, each of its baselines a line style, and all have a band, their 95 % interval. The training
-    length is a vertical line, and a model that cannot run at the greater lengths ends in a cross.
+    A model has its colour and a band, its 95 % interval; each of its baselines has a line style. The training length is
+    a vertical line, and a model that cannot run at the greater lengths ends in a cross.
     """
     rows, settings = results["rows"], results["settings"]
     colours = _colours(row["model"] for row in rows)
-    contexts = [context for context in dict.fromkeys(row["context"] for row in rows) if context not in _STYLES]
-    styles = {**_STYLES, **dict(zip(contexts, cycle(_BASELINE_STYLES), strict=False))}
+    styles = _styles(results)
     figure = _figure(width=5.6 * len(protocols(results)), height=4.4 + 0.2 * len(lines(results)) / 2)
     panels = figure.subplots(1, len(protocols(results)), sharey=True, squeeze=False)[0]
     for panel, protocol in zip(panels, protocols(results), strict=True):
         for model, context in lines(results):
             drawn = line(results, model, protocol, context)
-            _draw_lengths(panel, drawn, line_name(results, model, context), colours[model], styles[context])
+            _draw_lengths(panel, drawn, line_name(results, model, context), colours[model], styles[model, context])
         stride = f", stride {settings['stride']}" if protocol == "sliding" else ""
         panel.set_title(_TITLES.get(protocol, protocol) + stride, fontsize=11)
         _length_axis(panel, sorted({row["length"] for row in rows}), settings["train_length"])
@@ -79,6 +78,12 @@ def perplexity_by_length(results: Results, path: Path) -> None:
     _value_axis(panels[0], [row["perplexity"] for row in rows if row["perplexity"] is not None])
     _legend(figure, panels[0])
     _save(figure, path)
+
+
+def _styles(results: Results) -> dict[tuple[str, str], _Style]:
+    """Give every model in every context its style; the baselines of each model take theirs in turn."""
+    unused = {model: cycle(_BASELINE_STYLES) for model, _ in lines(results)}
+    return {(model, context): _STYLES.get(context) or next(unused[model]) for model, context in lines(results)}
 
 
 def _draw_lengths(panel: Axes, rows: Sequence[Mapping[str, Any]], label: str, colour: str, style: _Style) -> None:
@@ -101,7 +106,8 @@ def _draw_lengths(panel: Axes, rows: Sequence[Mapping[str, Any]], label: str, co
         label=None if stopped else label,
         zorder=style.zorder,
     )
-    panel.fill_between(lengths, low, high, color=colour, alpha=style.band, linewidth=0, zorder=1)
+    if style.band:
+        panel.fill_between(lengths, low, high, color=colour, alpha=0.15, linewidth=0, zorder=1)
     if stopped:
         panel.plot(
             lengths[-1:],
@@ -122,12 +128,12 @@ def passkey_map(results: Results, path: Path) -> None:
     rows = probe["rows"]
     names = list(dict.fromkeys((row["model"], row["context"]) for row in rows))
     columns = min(len(names), _MAP_COLUMNS)
-    width = max(2.6, 0.62 * len(probe["lengths"]) + 0.6)
-    height = max(2.2, 0.45 * len(probe["depths"]) + 1.2)
-    figure = _figure(width=width * columns + 1.6, height=height * math.ceil(len(names) / columns) + 0.3)
+    width = max(2.4, 0.5 * len(probe["lengths"]) + 0.5)
+    height = max(1.6, 0.28 * len(probe["depths"]) + 0.7)
+    figure = _figure(width=width * columns + 1.6, height=height * math.ceil(len(names) / columns) + 0.5)
     panels = figure.subplots(math.ceil(len(names) / columns), columns, sharex=True, sharey=True, squeeze=False)
     image = None
-    for panel, (model, context) in zip(panels.flat, names, strict=False):
+    for index, (panel, (model, context)) in enumerate(zip(panels.flat, names, strict=False)):
         cells = {
             (row["depth"], row["length"]): row
             for row in rows
@@ -142,13 +148,14 @@ def passkey_map(results: Results, path: Path) -> None:
         panel.set_facecolor("0.6")
         panel.set_title("\n".join(wrap(line_name(results, model, context), _MAP_TITLE)), fontsize=9)
         panel.set_xticks(range(len(probe["lengths"])), map(str, probe["lengths"]), rotation=45, fontsize=8)
+        panel.tick_params(labelbottom=index + columns >= len(names))
         panel.set_yticks(range(len(probe["depths"])), [f"{depth:.0%}" for depth in probe["depths"]], fontsize=8)
     for panel in panels.flat[len(names) :]:
         panel.set_axis_off()
     figure.supxlabel("length of the prompt (tokens)", fontsize=10)
     figure.supylabel("depth of the key", fontsize=10)
     if image is not None:
-        figure.colorbar(image, ax=panels, label="keys found", format="{x:.0%}")
+        figure.colorbar(image, ax=panels, label="keys found", format="{x:.0%}", fraction=0.05, aspect=25)
     _save(figure, path)
 
 
@@ -316,4 +323,4 @@ def _value_axis(panel: Axes, values: Sequence[float]) -> None:
 def _legend(figure: Figure, panel: Axes) -> None:
     """Put the legend below the panels, where it covers no data."""
     handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9, handlelength=3.5)
