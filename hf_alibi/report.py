@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .html_page import html_page
-from .lines import format_interval, line, line_name, lines, protocol_title, protocols, times
+from .lines import format_interval, line, line_name, lines, listed, protocol_title, protocols, times
 from .results import Results, replacing
 from .verdicts import in_short, passkey_statements, statements
 
@@ -173,15 +173,15 @@ def _compared(results: Results) -> str:
 def _baselines(results: Results) -> Iterator[str]:
     """What the baselines are, and why a model has not all that are made for it."""
     models = results["models"]
-    if any(model["baselines"] for model in models.values()):
+    left_out: dict[tuple[str, str], list[str]] = {}
+    for name, model in models.items():
+        for baseline, reason in model["left_out"].items():
+            left_out.setdefault((name, reason), []).append(f"`{baseline}`")
+    if left_out or any(model["baselines"] for model in models.values()):
+        yield "## Baselines"
         yield _BASELINES.format(train_length=results["settings"]["train_length"])
-    left_out = [
-        f"**{name}** has no baseline `{baseline}`: {reason}."
-        for name, model in models.items()
-        for baseline, reason in model["left_out"].items()
-    ]
     if left_out:
-        yield _bullets(left_out)
+        yield _bullets([f"**{name}** has no {listed(left, 'or')}: {why}." for (name, why), left in left_out.items()])
 
 
 def _protocol_section(results: Results, protocol: str) -> str:

@@ -215,8 +215,10 @@ def test_it_says_how_intervals_were_made(written):
 
 def test_what_is_left_out_is_said_with_the_reason(written):
     results = results_of((29.0, 28.0, 27.0))
-    results["models"]["original"]["left_out"] = {"rope_yarn": "the longest length, 9, is within"}
-    assert "**original** has no baseline `rope_yarn`: the longest length, 9, is within." in written(results)
+    results["models"]["original"]["left_out"] = {"rope_yarn": "of this", "rope_linear": "of this", "x": "of that"}
+    text = written(results)
+    assert "- **original** has no `rope_yarn` or `rope_linear`: of this." in text
+    assert "- **original** has no `x`: of that." in text
 
 
 def test_it_says_what_was_compared_and_what_is_not_shown(written):
