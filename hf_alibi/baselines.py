@@ -74,9 +74,9 @@ class RopeScaling(Baseline):
     def obstacle(self, model: PreTrainedModel, reach: Reach) -> str | None:
         """Within reach already, or with rotations that are scaled or differ from layer to layer."""
         config: Any = model.config.get_text_config()
-        rope_type = config.rope_parameters.get("rope_type")
+        rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
         if rope_type is None:
-            return "its layers have different rotations"
+            return "its layers do not share one set of rope_parameters"
         if rope_type != "default":
             return f"its rotations are scaled already (rope_type {rope_type})"
         if reach.longest <= config.max_position_embeddings:

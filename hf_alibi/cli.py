@@ -16,7 +16,7 @@ usage: hf-alibi COMMAND CONFIG.yaml [--field value ...]
 
 commands:
   finetune      convert a model to ALiBi (or leave it alone) and train it
-  extrapolate   perplexity of trained models at lengths beyond training
+  extrapolate   trained models and their baselines at lengths beyond training
   benchmark     time and memory of ALiBi against what a model used before
 
 `hf-alibi COMMAND --help` lists every field; `hf-alibi --version` prints the version."""

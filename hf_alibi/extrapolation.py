@@ -236,9 +236,9 @@ def compare(args: ExtrapolateArguments, data: DataArguments) -> Results:
     tokens = _load_tokens(data, tokenizer)
     check_protocol(len(tokens), **protocol._asdict())
     _check_vocabularies(sources, tokens, tokenizer, shared=data.tokenizer_name is not None)
-    text = PasskeyText(tokenizer)
-    if probe is not None:
-        probe.cell(text, probe.lengths[0], probe.depths[0])  # is the shortest length long enough?
+    text = PasskeyText(tokenizer) if probe is not None else None
+    if probe is not None and text is not None:
+        probe.check(text)
     lengths = sorted({*protocol.lengths, *(probe.lengths if probe else ())})
     reach = Reach(train_length=protocol.train_length, longest=lengths[-1])
     baselines = choose(args.baselines or (), {source.name: source.shell for source in sources}, reach)
@@ -387,7 +387,7 @@ def _evaluate(
     reach: Reach,
     tokens: Tensor,
     *,
-    text: PasskeyText,
+    text: PasskeyText | None,
     device: torch.device,
     num_bytes: int,
 ) -> _Done:
@@ -402,7 +402,7 @@ def _evaluate(
             done.perplexities[context] = evaluate_extrapolation(
                 variant, tokens, num_bytes=num_bytes, name=name, cropped=cropped, **protocol._asdict()
             )
-            if probe is not None:
+            if probe is not None and text is not None:
                 rows = evaluate_passkey(variant, text, probe, name=name, limit=source.position_limit)
                 done.keys.extend(replace(row, model=source.name, context=context) for row in rows)
         return done

@@ -51,6 +51,8 @@ class PasskeyText:
         self._opening, self._before_key, self._after_key, self._question, self._filler = (
             encode(text) for text in (_OPENING, _BEFORE_KEY, _AFTER_KEY, _QUESTION, _FILLER)
         )
+        if encode(" 12345") == encode(" 67890"):
+            raise InputError("the tokenizer gives all numbers the same tokens, so no passkey can be told from another")
 
     def case(self, *, length: int, depth: float, key: int, turn: float = 0.0) -> PasskeyCase:
         """One prompt with its answer, `length` tokens together.
@@ -95,6 +97,15 @@ class PasskeyProbe:
     depths: Sequence[float]
     cases: int
     seed: int = 0
+
+    def check(self, text: PasskeyText) -> None:
+        """Raise `InputError` where a length is too short for some of the keys."""
+        shortest = text.shortest()
+        if min(self.lengths) < shortest:
+            raise InputError(
+                f"passkey_lengths has {min(self.lengths)}, and a prompt with its answer has up to {shortest} tokens "
+                f"with this tokenizer; give passkey_lengths of at least {shortest}"
+            )
 
     def cell(self, text: PasskeyText, length: int, depth: float) -> list[PasskeyCase]:
         """The cases of one length and depth; the same at every call."""

@@ -51,7 +51,7 @@ def _attend(
 
     Returns (batch, length, heads, dim) and no weights.
     """
-    given = [name for name in _UNKNOWN_HERE if options.get(name) not in (None, False)]
+    given = [name for name in _UNKNOWN_HERE if options.get(name) is not None and options[name] is not False]
     causal = options.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal):
         given.append("attention that is not causal")

@@ -225,3 +225,19 @@ def test_blocks_that_are_too_short_are_refused(tokenizer):
         passkey_training_tokens(tokenizer, block_size=30, blocks=1, seed=0)
     least = int(str(error.value).split()[-1])
     assert passkey_training_tokens(tokenizer, block_size=least, blocks=20, seed=0).shape == (20 * least,)
+
+
+def test_numbers_that_look_alike_are_refused():
+    words = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1}, unk_token="<unk>"))
+    with pytest.raises(InputError, match="all numbers the same tokens"):
+        PasskeyText(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>"))
+
+
+def test_rotations_that_remember_a_longer_text_are_reset():
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    model = stock_model("llama", vocab_size=259, max_position_embeddings=150, rope_parameters=rope)
+    with torch.no_grad():
+        model(torch.randint(3, 259, (1, 600)))
+    text = PasskeyText(ByT5Tokenizer(extra_ids=0))
+    evaluate_passkey(model, text, PasskeyProbe(lengths=[200], depths=[0.0], cases=1), progress=False)
+    assert model.model.rotary_emb.max_seq_len_cached == 199

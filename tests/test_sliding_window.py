@@ -113,10 +113,11 @@ class TestRefusals:
             model(tokens(1, 1), past_key_values=cache)
 
 
+@pytest.mark.parametrize("value", [5.0, torch.zeros(4)])
 @pytest.mark.parametrize("option", ["softcap", "s_aux", "sliding_window", "position_bias"])
-def test_options_that_would_be_ignored_are_refused(layer, option):
+def test_options_that_would_be_ignored_are_refused(layer, option, value):
     states = torch.randn(1, 1, 4, 8)
     with pytest.raises(ValueError, match=f"was given {option}"):
-        attention(3)(layer, states, states, states, None, **{option: 5.0})
+        attention(3)(layer, states, states, states, None, **{option: value})
     with pytest.raises(ValueError, match="not causal"):
         attention(3)(layer, states, states, states, None, is_causal=False)
