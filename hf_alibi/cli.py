@@ -19,7 +19,7 @@ commands:
   convert       turn a pretrained model into an ALiBi model by the whole recipe, and compare
   ablation      train with one part of that recipe changed at a time, over several seeds
   finetune      convert a model to ALiBi (or leave it alone) and train it
-  extrapolate   perplexity of trained models at lengths beyond training
+  extrapolate   trained models and their baselines at lengths beyond training
   benchmark     time and memory of ALiBi against what a model used before
 
 `hf-alibi COMMAND --help` lists every field; `hf-alibi --version` prints the version."""

@@ -42,6 +42,9 @@ class ComparisonArguments:
     stride: int | None = field(
         default=None, metadata={"help": "Stride of the sliding window. Default: half the shortest length."}
     )
+    baselines: list[str] | None = field(
+        default=None, metadata={"help": "What both are compared with besides, as for hf-alibi extrapolate."}
+    )
 
 
 _CLASSES = (ComparisonArguments, FinetuneArguments, ConversionArguments, DataArguments, TrainingArguments)
@@ -85,6 +88,7 @@ def _convert(
         lengths=comparison.lengths,
         scored_tokens=comparison.scored_tokens,
         stride=comparison.stride,
+        baselines=comparison.baselines,
     )
     require_matplotlib()
     tokenizer = load_tokenizer(data.tokenizer_name or source)

@@ -15,15 +15,18 @@ from torch import Tensor
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from .errors import InputError
+from .passkey import passkey_training_tokens
 from .settings import one_line
 
 __all__ = [
     "BYTES",
+    "PASSKEY",
     "PYTHON_DOCS",
     "DataArguments",
     "TokenBlocks",
     "TokenSplit",
     "count_bytes",
+    "document_numbers",
     "load_documents",
     "load_tokenizer",
     "load_tokens",
@@ -31,6 +34,7 @@ __all__ = [
 ]
 
 PYTHON_DOCS = "python-docs"
+PASSKEY = "passkey"
 BYTES = "bytes"
 
 # File extension to the builder of `datasets` that reads it.
@@ -44,7 +48,10 @@ class DataArguments:
 
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": f"Dataset on the Hugging Face hub, or {PYTHON_DOCS}: text that ships with CPython."},
+        metadata={
+            "help": f"Dataset on the Hugging Face hub, or {PYTHON_DOCS}: text that ships with CPython, "
+            f"or {PASSKEY}: prompts that hide a number, with the answer."
+        },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of dataset_name."})
     dataset_split: str = field(default="train", metadata={"help": "Split of dataset_name."})
@@ -64,9 +71,25 @@ class DataArguments:
         metadata={"help": f"Tokenizer by path or hub name, or {BYTES} (UTF-8 bytes). Default: the model's own."},
     )
 
+    passkey_block_size: int | None = field(
+        default=None,
+        metadata={"help": f"For {PASSKEY}: tokens that whole prompts fill; give the block_size of the training."},
+    )
+    passkey_blocks: int = field(default=4096, metadata={"help": f"For {PASSKEY}: how many such blocks."})
+    passkey_seed: int = field(default=0, metadata={"help": f"For {PASSKEY}: another one gives other prompts."})
+
     def __post_init__(self) -> None:
         if not 0 <= self.validation_fraction < 1:
             raise InputError(f"validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1")
+        if (self.dataset_name == PASSKEY) != (self.passkey_block_size is not None):
+            raise InputError(
+                f"dataset_name is {self.dataset_name} and passkey_block_size {self.passkey_block_size}; give "
+                f"passkey_block_size, the block_size of the training, with dataset_name {PASSKEY} and only there"
+            )
+        if self.dataset_name == PASSKEY and self.validation_file is not None:
+            raise InputError(f"the dataset {PASSKEY} holds out blocks of its own; leave validation_file out")
+        if self.passkey_blocks < 1:
+            raise InputError(f"passkey_blocks is {self.passkey_blocks}; it must be at least 1")
 
 
 class TokenSplit(NamedTuple):
@@ -122,6 +145,8 @@ def load_documents(args: DataArguments) -> datasets.Dataset:
     if (args.dataset_name is None) == (args.train_file is None):
         given = "neither" if args.dataset_name is None else "both"
         raise InputError(f"{given} of dataset_name and train_file given; give exactly one of them")
+    if args.dataset_name == PASSKEY:
+        raise InputError(f"the dataset {PASSKEY} is made of tokens, not of text; use load_tokens")
     if args.train_file is not None:
         return _load_files(args.train_file, args.text_column)
     if args.dataset_name == PYTHON_DOCS:
@@ -135,10 +160,12 @@ def load_tokens(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Toke
     """Load, deduplicate and tokenise the documents of a run, each followed by the end-of-sequence token.
 
     Without `validation_file` the last `validation_fraction` of the stream is held out. Of equal documents,
-    also across the two parts, the first is kept.
+    also across the two parts, the first is kept. The passkey dataset is held out in whole blocks.
 
     Raises InputError for what `load_documents` refuses, and where no text is left.
     """
+    if args.dataset_name == PASSKEY and args.train_file is None:
+        return _load_passkeys(args, tokenizer)
     seen: set[bytes] = set()
     train = _tokenize(_drop_duplicates(load_documents(args), seen), tokenizer)
     if not train.numel():
@@ -169,6 +196,24 @@ def pack_blocks(tokens: Tensor, block_size: int, *, name: str = "the text") -> T
 def count_bytes(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> int:
     """Count the UTF-8 bytes of the text behind `tokens` (1-D); end-of-sequence tokens stand for none."""
     return len(tokenizer.decode(tokens.tolist(), skip_special_tokens=True).encode("utf-8"))
+
+
+def document_numbers(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Number the documents of a stream (1-D) from 0, by the end-of-sequence token that each of them ends with.
+
+    Returns int64 of the same shape. The first and the last document may be cut.
+    """
+    ends = torch.eq(tokens, tokenizer.eos_token_id).long()
+    return ends.cumsum(0) - ends
+
+
+def _load_passkeys(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> TokenSplit:
+    block_size = args.passkey_block_size or 0
+    tokens = passkey_training_tokens(
+        tokenizer, block_size=block_size, blocks=args.passkey_blocks, seed=args.passkey_seed
+    )
+    boundary = block_size * (args.passkey_blocks - int(args.passkey_blocks * args.validation_fraction))
+    return TokenSplit(tokens[:boundary], tokens[boundary:])
 
 
 def _load_python_docs() -> datasets.Dataset:

@@ -2,13 +2,10 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, islice, pairwise
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -18,6 +15,7 @@ from .anatomy import position_limit
 from .errors import InputError
 from .memory import check_memory
 from .modes import evaluation_mode
+from .progress import progress_bar
 from .windows import (
     NON_OVERLAPPING,
     PROTOCOLS,
@@ -105,10 +103,15 @@ class PositionLoss:
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """What `evaluate_extrapolation` returns; `position_loss` is None for a model that runs at no length."""
+    """What `evaluate_extrapolation` returns; `position_loss` is None for a model that runs at no length.
+
+    `losses` has the nats of each scored token, float32 of shape (scored tokens,), behind each row with numbers: by its
+    context, protocol and length.
+    """
 
     rows: list[ExtrapolationRow]
     position_loss: PositionLoss | None
+    losses: dict[tuple[str, str, int], Tensor] = field(repr=False, compare=False)
 
 
 def evaluate_extrapolation(
@@ -169,11 +172,15 @@ def evaluate_extrapolation(
     losses = _plan_losses(model, tokens, plan, name=name, batch_tokens=batch_tokens, progress=progress)
 
     rows = []
+    behind = {}
     for context in (FULL, CROPPED) if cropped else (FULL,):
         for protocol in PROTOCOLS:
             for length in sorted(lengths):
                 read = min(length, train_length) if context == CROPPED else length
-                nats, perplexity, bits, status = _numbers(losses.get((protocol, read)), num_bytes, limit)
+                scored = losses.get((protocol, read))
+                if scored is not None:
+                    behind[context, protocol, length] = scored
+                nats, perplexity, bits, status = _numbers(scored, num_bytes, limit)
                 rows.append(
                     ExtrapolationRow(
                         model=name,
@@ -188,9 +195,9 @@ def evaluate_extrapolation(
                     )
                 )
     if not runnable:
-        return Extrapolation(rows, None)
+        return Extrapolation(rows, None, behind)
     by_window = losses[NON_OVERLAPPING, runnable[-1]].double().view(-1, runnable[-1])
-    return Extrapolation(rows, PositionLoss(runnable[-1], len(by_window), by_window.mean(0).tolist()))
+    return Extrapolation(rows, PositionLoss(runnable[-1], len(by_window), by_window.mean(0).tolist()), behind)
 
 
 def _check_model_and_tokens(model: PreTrainedModel, tokens: Tensor, name: str) -> None:
@@ -235,22 +242,13 @@ def _plan_losses(
             sliced_logits=sliced,
         )
         total = sum(window.length for windows in plan.values() for window in windows)
-        with _progress(name, total, shown=progress) as advance:
+        with progress_bar(f"evaluating {name}", total, shown=progress) as advance:
             for (protocol, length), windows in plan.items():
                 batch = max(1, batch_tokens // length)
                 values = window_losses(model, tokens, windows, batch=batch, sliced_logits=sliced, advance=advance)
                 _check_finite(values, name=name, length=length)
                 losses[protocol, length] = values
     return losses
-
-
-@contextmanager
-def _progress(name: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on stderr; yields the function that advances it by a number of tokens."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task(f"evaluating {name}", total=total)
-        yield lambda tokens: bar.advance(task, tokens)
 
 
 def _logits_follow_from_hidden_states(model: PreTrainedModel, tokens: Tensor) -> bool:

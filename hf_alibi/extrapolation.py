@@ -3,14 +3,15 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -18,19 +19,25 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from .anatomy import has_no_positions, is_alibi, position_limit
-from .data import DataArguments, count_bytes, load_tokenizer, load_tokens
+from .baselines import ALL, BASELINES, Choice, Reach, check_names, choose, with_baseline
+from .comparisons import Key, with_intervals
+from .data import DataArguments, count_bytes, document_numbers, load_tokenizer, load_tokens
 from .errors import InputError
-from .evaluation import Extrapolation, evaluate_extrapolation
+from .evaluation import FULL, Extrapolation, evaluate_extrapolation
+from .lines import protocol_title, protocols
 from .memory import check_memory
-from .plots import loss_by_position, perplexity_by_length, require_matplotlib
-from .report import protocol_title, table_rows, write_report
+from .passkey import PasskeyProbe, PasskeyRow, PasskeyText, evaluate_passkey
+from .plots import loss_by_position, passkey_map, perplexity_by_length, require_matplotlib
+from .report import passkey_rows, table_rows, write_report
 from .results import Results, check_output_dir, environment, write_results
 from .settings import load_settings, one_line
+from .verdicts import in_short
 from .windows import check_protocol
 
 __all__ = ["ExtrapolateArguments", "Protocol", "compare", "extrapolate"]
 
 _MULTIPLES = (1, 2, 4, 8, 16)
+_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _NONE = "none"
 # A name on the hub: one or two parts, none of which is a step to another folder.
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -83,14 +90,53 @@ class ExtrapolateArguments:
             f"ALiBi; {_NONE}: no model."
         },
     )
+    baselines: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"What models are also compared with, any of {', '.join(BASELINES)}; {ALL}: those that fit each "
+            "model. Default: none."
+        },
+    )
+    passkey_cases: int = field(
+        default=0, metadata={"help": "Cases of the passkey probe for each length and depth; 0: no probe."}
+    )
+    passkey_depths: list[float] | None = field(
+        default=None, metadata={"help": "Where the key stands, from 0 to 1. Default: 0 0.25 0.5 0.75 1."}
+    )
+    passkey_lengths: list[int] | None = field(
+        default=None, metadata={"help": "Lengths of the probe in tokens, answer included. Default: lengths."}
+    )
 
     def __post_init__(self) -> None:
+        check_names(self.baselines or ())
+        self._check_probe()
         self.models = _parse_models(self.models)
         for name in self.cropped or ():
             if name not in self.models and self.cropped != [_NONE]:
                 raise InputError(f"cropped names {name!r}; the models are {', '.join(self.models)} ({_NONE}: no model)")
         if self.train_length < 1 or min(self.lengths or [1]) < 1:
             raise InputError(f"train_length {self.train_length}, lengths {self.lengths}: each must be at least 1 token")
+
+    def _check_probe(self) -> None:
+        if self.passkey_cases < 0:
+            raise InputError(f"passkey_cases is {self.passkey_cases}; give a number of cases, or 0 for no probe")
+        for name, values, allowed in (
+            ("passkey_depths", self.passkey_depths, lambda depth: 0 <= depth <= 1),
+            ("passkey_lengths", self.passkey_lengths, lambda length: length >= 1),
+        ):
+            if len(set(values or ())) != len(values or ()) or not all(map(allowed, values or ())):
+                ends = "from 0 to 1" if name == "passkey_depths" else "of at least 1 token"
+                raise InputError(f"{name} is {values}; give different numbers {ends}")
+
+    def probe(self) -> PasskeyProbe | None:
+        """Return the passkey probe with the defaults filled in, None where it is off."""
+        if not self.passkey_cases:
+            return None
+        return PasskeyProbe(
+            lengths=sorted(self.passkey_lengths or self.protocol().lengths),
+            depths=sorted(self.passkey_depths or _DEPTHS),
+            cases=self.passkey_cases,
+        )
 
     def protocol(self) -> Protocol:
         """Return lengths and scored tokens with the defaults filled in."""
@@ -116,36 +162,54 @@ def _parse_models(given: dict[str, str] | str | None) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Source:
-    """A model on disk whose files were checked, and what can be known of it without its weights."""
+    """A model on disk whose files were checked, and what can be known of it without its weights.
+
+    `shell` is the model on the meta device.
+    """
 
     name: str
     given: str
     folder: Path
     config: PretrainedConfig
     dtype: torch.dtype
-    parameters: int
-    position_limit: int | None
+    shell: PreTrainedModel
 
-    def describe(self) -> dict[str, Any]:
+    @property
+    def position_limit(self) -> int | None:
+        return position_limit(self.shell)
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.shell.parameters())
+
+    def describe(self, baselines: Choice) -> dict[str, Any]:
         """Return what the results say of this model."""
         given = Path(self.given)
         return {
             # The folder alone: where it lies on this machine is nobody's business.
             "source": given.name if given.is_absolute() else self.given,
             "model_type": self.config.model_type,
+            "kind": self.kind,
             "positions": self._positions(),
             "attention": self.config._attn_implementation,
             "dtype": str(self.dtype).removeprefix("torch."),
             "parameters": self.parameters,
             "position_limit": self.position_limit,
+            "baselines": baselines.labels,
+            "left_out": baselines.left_out,
         }
 
+    @property
+    def kind(self) -> str:
+        """As the `attention` of a training run."""
+        if not is_alibi(self.config):
+            return "original"
+        return "nope" if has_no_positions(self.config) else "alibi"
+
     def _positions(self) -> str:
-        if is_alibi(self.config):
-            return "none (ALiBi, all slopes 0)" if has_no_positions(self.config) else "ALiBi"
-        if self.position_limit is not None:
-            return f"learned table, {self.position_limit} rows"
-        return "its own"
+        words = {"alibi": "ALiBi", "nope": "none (ALiBi, all slopes 0)"}
+        table = "its own" if self.position_limit is None else f"learned table, {self.position_limit} rows"
+        return words.get(self.kind, table)
 
 
 def extrapolate(argv: Sequence[str]) -> Results:
@@ -157,7 +221,8 @@ def compare(args: ExtrapolateArguments, data: DataArguments) -> Results:
     """Evaluate models at each length and write results, report and plots to `args.output_dir`.
 
     Output folder, model files, text, lengths and memory are checked for all models before the first is
-    evaluated; nothing is written before the last is. Models are in memory one at a time.
+    evaluated; nothing is written before the last is. Models are in memory one at a time, each with its baselines, which
+    share its weights.
 
     Returns what `results.json` holds. Raises `InputError` where something given cannot be used.
     """
@@ -165,27 +230,37 @@ def compare(args: ExtrapolateArguments, data: DataArguments) -> Results:
     output_dir = Path(args.output_dir)
     check_output_dir(output_dir)
     require_matplotlib()
-    protocol = args.protocol()
+    protocol, probe = args.protocol(), args.probe()
     sources = [_check_source(name, given, args) for name, given in _parse_models(args.models).items()]
     tokenizer = load_tokenizer(data.tokenizer_name or str(sources[0].folder))
     tokens = _load_tokens(data, tokenizer)
     check_protocol(len(tokens), **protocol._asdict())
     _check_vocabularies(sources, tokens, tokenizer, shared=data.tokenizer_name is not None)
+    text = PasskeyText(tokenizer) if probe is not None else None
+    if probe is not None and text is not None:
+        probe.check(text)
+    lengths = sorted({*protocol.lengths, *(probe.lengths if probe else ())})
+    reach = Reach(train_length=protocol.train_length, longest=lengths[-1])
+    baselines = choose(args.baselines or (), {source.name: source.shell for source in sources}, reach)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for source in sources:
-        _check_source_memory(source, protocol, device)
+        _check_source_memory(source, lengths, device)
 
-    num_bytes = count_bytes(tokens[-protocol.scored_tokens :], tokenizer)
+    scored = tokens[-protocol.scored_tokens :]
+    num_bytes = count_bytes(scored, tokenizer)
     done = {
-        source.name: _evaluate(source, tokens, protocol, device, num_bytes, cropped=_is_cropped(source, args))
+        source.name: _evaluate(
+            source, baselines[source.name], args, reach, tokens, text=text, device=device, num_bytes=num_bytes
+        )
         for source in sources
     }
     results: Results = {
         "kind": "extrapolation",
         "settings": {**protocol._asdict(), "text": _describe_text(data), "scored_bytes": num_bytes},
         "environment": environment(),
-        "models": {source.name: source.describe() for source in sources},
-        "rows": [asdict(row) for extrapolation in done.values() for row in extrapolation.rows],
+        "models": {source.name: source.describe(baselines[source.name]) for source in sources},
+        **_numbers(done, document_numbers(scored, tokenizer), sources, protocol),
+        **_passkeys(probe, done),
         "position_loss": dict(_position_losses(done)),
     }
     paths = _write(results, output_dir)
@@ -207,8 +282,7 @@ def _check_source(name: str, given: str, args: ExtrapolateArguments) -> _Source:
             f"model {name!r} ({given}) cannot be built: {one_line(error)}; give a causal language model that "
             "transformers or hf-alibi saved"
         ) from error
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return _Source(name, given, folder, model.config, dtype, parameters, position_limit(model))
+    return _Source(name, given, folder, model.config, dtype, model)
 
 
 def _local_folder(name: str, given: str) -> Path:
@@ -280,10 +354,10 @@ def _has_tokenizer(folder: Path) -> bool:
     return any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))
 
 
-def _check_source_memory(source: _Source, protocol: Protocol, device: torch.device) -> None:
+def _check_source_memory(source: _Source, lengths: Sequence[int], device: torch.device) -> None:
     """Check that the longest length a model runs at fits in memory, its weights included."""
     limit = source.position_limit
-    runnable = [length for length in protocol.lengths if limit is None or length <= limit]
+    runnable = [length for length in lengths if limit is None or length <= limit]
     if runnable:
         check_memory(
             source.config,
@@ -299,23 +373,41 @@ def _is_cropped(source: _Source, args: ExtrapolateArguments) -> bool:
     return not is_alibi(source.config) if args.cropped is None else source.name in args.cropped
 
 
+class _Done(NamedTuple):
+    """What was found of one model: perplexities by context, and keys."""
+
+    perplexities: dict[str, Extrapolation]
+    keys: list[PasskeyRow]
+
+
 def _evaluate(
     source: _Source,
+    baselines: Choice,
+    args: ExtrapolateArguments,
+    reach: Reach,
     tokens: Tensor,
-    protocol: Protocol,
+    *,
+    text: PasskeyText | None,
     device: torch.device,
     num_bytes: int,
-    *,
-    cropped: bool,
-) -> Extrapolation:
-    """Load a model, evaluate it and let go of it."""
+) -> _Done:
+    """Load a model, evaluate it with its baselines and let go of it."""
     model = _load(source).to(device)
+    protocol, probe, done = args.protocol(), args.probe(), _Done({}, [])
     try:
-        return evaluate_extrapolation(
-            model, tokens, num_bytes=num_bytes, name=source.name, cropped=cropped, **protocol._asdict()
-        )
+        for context in (FULL, *baselines.labels):
+            variant = model if context == FULL else with_baseline(model, context, reach)
+            name = source.name if context == FULL else f"{source.name}, {baselines.labels[context]}"
+            cropped = context == FULL and _is_cropped(source, args)
+            done.perplexities[context] = evaluate_extrapolation(
+                variant, tokens, num_bytes=num_bytes, name=name, cropped=cropped, **protocol._asdict()
+            )
+            if probe is not None and text is not None:
+                rows = evaluate_passkey(variant, text, probe, name=name, limit=source.position_limit)
+                done.keys.extend(replace(row, model=source.name, context=context) for row in rows)
+        return done
     finally:
-        del model
+        del model, variant
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -342,9 +434,32 @@ def _load(source: _Source) -> PreTrainedModel:
     return model
 
 
-def _position_losses(done: dict[str, Extrapolation]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, extrapolation in done.items():
-        loss = extrapolation.position_loss
+def _numbers(
+    done: Mapping[str, _Done], documents: Tensor, sources: Sequence[_Source], protocol: Protocol
+) -> dict[str, Any]:
+    """Rows with intervals, and comparisons of each converted model, or else of the first, with all others."""
+    rows, losses = [], {}
+    for name, found in done.items():
+        for line, extrapolation in found.perplexities.items():
+            for row in extrapolation.rows:
+                context = row.context if line == FULL else line
+                rows.append(asdict(replace(row, model=name, context=context)))
+                if (behind := extrapolation.losses.get((row.context, row.protocol, row.length))) is not None:
+                    losses[Key(name, context, row.protocol, row.length)] = behind
+    converted = [source.name for source in sources if source.kind == "alibi"]
+    subjects = converted or [sources[0].name]
+    return with_intervals(rows, losses, documents, subjects=subjects, train_length=protocol.train_length)
+
+
+def _passkeys(probe: PasskeyProbe | None, done: Mapping[str, _Done]) -> dict[str, Any]:
+    if probe is None:
+        return {}
+    return {"passkey": {**asdict(probe), "rows": [asdict(row) for found in done.values() for row in found.keys]}}
+
+
+def _position_losses(done: Mapping[str, _Done]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, found in done.items():
+        loss = found.perplexities[FULL].position_loss
         if loss is not None:
             bins = [asdict(point) for point in loss.bins()]
             yield name, {"length": loss.length, "windows": loss.windows, "bins": bins}
@@ -358,23 +473,34 @@ def _describe_text(data: DataArguments) -> str:
 
 
 def _write(results: Results, output_dir: Path) -> list[Path]:
-    report, perplexity, position = (output_dir / name for name in ("report.md", "perplexity.png", "position_loss.png"))
-    data_files = write_results(results, output_dir)
-    perplexity_by_length(results, perplexity)
-    loss_by_position(results, position)
-    write_report(results, report)
-    return [*data_files, report, perplexity, position]
+    written = list(write_results(results, output_dir))
+    drawn = [(perplexity_by_length, "perplexity.png"), (loss_by_position, "position_loss.png")]
+    if "passkey" in results:
+        drawn.append((passkey_map, "passkey.png"))
+    for draw, name in drawn:
+        draw(results, output_dir / name)
+        written.append(output_dir / name)
+    return [*written, *write_report(results, output_dir)]
 
 
 def _print(results: Results, paths: Sequence[Path], console: Console) -> None:
-    """Print the perplexities, one table a protocol, and where the files are."""
-    for protocol in dict.fromkeys(row["protocol"] for row in results["rows"]):
-        table = Table(title=f"Perplexity. {protocol_title(results, protocol)}")
-        table.add_column("model")
-        for length in results["settings"]["lengths"]:
-            table.add_column(str(length), justify="right")
-        for name, cells in table_rows(results, protocol, "perplexity"):
-            table.add_row(name, *cells)
-        console.print(table)
+    """Print the perplexities, one table a protocol, the keys found, what it comes to, and where the files are."""
+    for protocol in protocols(results):
+        title = f"Perplexity. {protocol_title(results, protocol)}"
+        _print_table(console, title, results["settings"]["lengths"], table_rows(results, protocol, "perplexity"))
+    if "passkey" in results:
+        _print_table(console, "Passkeys found", results["passkey"]["lengths"], passkey_rows(results))
+    for sentence in in_short(results):
+        console.print(sentence.replace("**", ""), markup=False)
     for path in paths:
         console.print(str(path), markup=False, soft_wrap=True)
+
+
+def _print_table(console: Console, title: str, lengths: Sequence[int], rows: Iterator[tuple[str, list[str]]]) -> None:
+    table = Table(title=title)
+    table.add_column("model")
+    for length in lengths:
+        table.add_column(str(length), justify="right")
+    for name, cells in rows:
+        table.add_row(escape(name), *map(escape, cells))
+    console.print(table)

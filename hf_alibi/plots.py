@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import InputError
+from .lines import line, line_name, lines, protocols
 from .results import Results, replacing
 
 if TYPE_CHECKING:
@@ -20,34 +23,54 @@ __all__ = [
     "loss_by_position",
     "loss_by_row",
     "loss_curve",
+    "passkey_map",
     "perplexity_by_length",
     "require_matplotlib",
 ]
+
+
+class _Style(NamedTuple):
+    """How a line over length is drawn; `band`: with its interval."""
+
+    line: Any
+    marker: str
+    band: bool = False
+    zorder: int = 2
+
 
 # The palette of Okabe and Ito, which colour-blind readers can tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 # Above this ratio of largest to smallest value a linear axis squashes the small ones.
 _LOG_RATIO = 8.0
+# By context; baselines take theirs in turn.
+_STYLES = {"full": _Style("-", "o", band=True, zorder=3), "cropped": _Style("--", "")}
+_BASELINE_STYLES = (
+    _Style((0, (1, 1.2)), "^"),
+    _Style((0, (6, 1.5, 1, 1.5)), "s"),
+    _Style((0, (5, 1.5, 1, 1.5, 1, 1.5)), "D"),
+    _Style((0, (9, 2)), "v"),
+)
+# Panels in a row of a map, and letters in a line of their titles.
+_MAP_COLUMNS = 4
+_MAP_TITLE = 28
 _TITLES = {"sliding": "sliding window", "non_overlapping": "non-overlapping windows"}
 
 
 def perplexity_by_length(results: Results, path: Path) -> None:
     """Draw perplexity against length, one panel a protocol, one line a model, as a PNG at `path`.
 
-    Cropped baselines are dashed, the training length is a vertical line, and a model that cannot run at
-    the greater lengths ends in a cross.
+    A model has its colour and a band, its 95 % interval; each of its baselines has a line style. The training length is
+    a vertical line, and a model that cannot run at the greater lengths ends in a cross.
     """
     rows, settings = results["rows"], results["settings"]
-    protocols = list(dict.fromkeys(row["protocol"] for row in rows))
     colours = _colours(row["model"] for row in rows)
-    figure = _figure(width=5.6 * len(protocols), height=4.4)
-    panels = figure.subplots(1, len(protocols), sharey=True, squeeze=False)[0]
-    for panel, protocol in zip(panels, protocols, strict=True):
-        for model, colour in colours.items():
-            for context in ("full", "cropped"):
-                line = [row for row in rows if _is(row, model=model, protocol=protocol, context=context)]
-                if line:
-                    _draw_lengths(panel, line, colour, train_length=settings["train_length"])
+    styles = _styles(results)
+    figure = _figure(width=5.6 * len(protocols(results)), height=4.4 + 0.2 * len(lines(results)) / 2)
+    panels = figure.subplots(1, len(protocols(results)), sharey=True, squeeze=False)[0]
+    for panel, protocol in zip(panels, protocols(results), strict=True):
+        for model, context in lines(results):
+            drawn = line(results, model, protocol, context)
+            _draw_lengths(panel, drawn, line_name(results, model, context), colours[model], styles[model, context])
         stride = f", stride {settings['stride']}" if protocol == "sliding" else ""
         panel.set_title(_TITLES.get(protocol, protocol) + stride, fontsize=11)
         _length_axis(panel, sorted({row["length"] for row in rows}), settings["train_length"])
@@ -58,29 +81,38 @@ def perplexity_by_length(results: Results, path: Path) -> None:
     _save(figure, path)
 
 
-def _draw_lengths(panel: Axes, line: Sequence[Mapping[str, Any]], colour: str, *, train_length: int) -> None:
+def _styles(results: Results) -> dict[tuple[str, str], _Style]:
+    """Give every model in every context its style; the baselines of each model take theirs in turn."""
+    unused = {model: cycle(_BASELINE_STYLES) for model, _ in lines(results)}
+    return {(model, context): _STYLES.get(context) or next(unused[model]) for model, context in lines(results)}
+
+
+def _draw_lengths(panel: Axes, rows: Sequence[Mapping[str, Any]], label: str, colour: str, style: _Style) -> None:
     """Draw one model in one context; a cross ends it where the model cannot run at the next length."""
-    line = sorted(line, key=lambda row: row["length"])
-    shown = [row for row in line if row["perplexity"] is not None]
-    stopped = [row for row in line if row["perplexity"] is None]
-    cropped = line[0]["context"] == "cropped"
-    label = f"{line[0]['model']}, cropped to {train_length}" if cropped else line[0]["model"]
-    if stopped:
-        label += f" (cannot run past {shown[-1]['length']})" if shown else " (cannot run at these lengths)"
-    panel.plot(
-        [row["length"] for row in shown],
-        [row["perplexity"] for row in shown],
-        "--" if cropped else "-",
-        color=colour,
-        marker="" if cropped else "o",
-        markersize=4,
-        label=None if stopped else label,
-        zorder=2 if cropped else 3,
+    shown = [row for row in rows if row["perplexity"] is not None]
+    stopped = [row for row in rows if row["perplexity"] is None]
+    lengths, perplexities, low, high = (
+        [row[field] for row in shown] for field in ("length", "perplexity", "perplexity_low", "perplexity_high")
     )
     if stopped:
+        label += f" (cannot run past {lengths[-1]})" if shown else " (cannot run at these lengths)"
+    panel.plot(
+        lengths,
+        perplexities,
+        linestyle=style.line,
+        color=colour,
+        marker=style.marker,
+        markersize=4,
+        linewidth=1.6,
+        label=None if stopped else label,
+        zorder=style.zorder,
+    )
+    if style.band:
+        panel.fill_between(lengths, low, high, color=colour, alpha=0.15, linewidth=0, zorder=1)
+    if stopped:
         panel.plot(
-            [row["length"] for row in shown[-1:]],
-            [row["perplexity"] for row in shown[-1:]],
+            lengths[-1:],
+            perplexities[-1:],
             linestyle="",
             color=colour,
             marker="x",
@@ -89,6 +121,47 @@ def _draw_lengths(panel: Axes, line: Sequence[Mapping[str, Any]], colour: str, *
             label=label,
             zorder=4,
         )
+
+
+def passkey_map(results: Results, path: Path) -> None:
+    """Draw the share of keys found as a map of depth against length, one panel a model or baseline, as a PNG."""
+    probe = results["passkey"]
+    rows = probe["rows"]
+    names = list(dict.fromkeys((row["model"], row["context"]) for row in rows))
+    columns = min(len(names), _MAP_COLUMNS)
+    width = max(2.4, 0.5 * len(probe["lengths"]) + 0.5)
+    height = max(1.6, 0.28 * len(probe["depths"]) + 0.7)
+    figure = _figure(width=width * columns + 1.6, height=height * math.ceil(len(names) / columns) + 0.5)
+    panels = figure.subplots(math.ceil(len(names) / columns), columns, sharex=True, sharey=True, squeeze=False)
+    image = None
+    for index, (panel, (model, context)) in enumerate(zip(panels.flat, names, strict=False)):
+        cells = {
+            (row["depth"], row["length"]): row
+            for row in rows
+            if (row["model"], row["context"], row["status"]) == (model, context, "ok")
+        }
+        shares = [[_share(cells.get((depth, length))) for length in probe["lengths"]] for depth in probe["depths"]]
+        image = panel.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for y, values in enumerate(shares):
+            for x, share in enumerate(values):
+                text = "–" if math.isnan(share) else f"{share:.0%}"
+                panel.text(x, y, text, ha="center", va="center", fontsize=8, color="black" if share > 0.6 else "white")
+        panel.set_facecolor("0.6")
+        panel.set_title("\n".join(wrap(line_name(results, model, context), _MAP_TITLE)), fontsize=9)
+        panel.set_xticks(range(len(probe["lengths"])), map(str, probe["lengths"]), rotation=45, fontsize=8)
+        panel.tick_params(labelbottom=index + columns >= len(names))
+        panel.set_yticks(range(len(probe["depths"])), [f"{depth:.0%}" for depth in probe["depths"]], fontsize=8)
+    for panel in panels.flat[len(names) :]:
+        panel.set_axis_off()
+    figure.supxlabel("length of the prompt (tokens)", fontsize=10)
+    figure.supylabel("depth of the key", fontsize=10)
+    if image is not None:
+        figure.colorbar(image, ax=panels, label="keys found", format="{x:.0%}", fraction=0.05, aspect=25)
+    _save(figure, path)
+
+
+def _share(row: Mapping[str, Any] | None) -> float:
+    return math.nan if row is None else row["found"] / row["cases"]
 
 
 def loss_by_position(results: Results, path: Path) -> None:
@@ -272,4 +345,4 @@ def _value_axis(panel: Axes, values: Sequence[float]) -> None:
 def _legend(figure: Figure, panel: Axes) -> None:
     """Put the legend below the panels, where it covers no data."""
     handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9, handlelength=3.5)

@@ -1,18 +1,17 @@
 """The report of a comparison in words and tables, made from a result file alone."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .html_page import html_page
+from .lines import format_interval, line, line_name, lines, listed, protocol_title, protocols, times
 from .results import Results, replacing
+from .verdicts import in_short, passkey_statements, statements
 
-__all__ = ["format_value", "protocol_title", "table_rows", "write_report"]
+__all__ = ["passkey_rows", "table_rows", "write_report"]
 
-# Gaps below this are called equal: seeds alone move a perplexity by more.
-_EQUAL = 0.005
-
-_TIMES = "\N{MULTIPLICATION SIGN}"
+_TITLE = "Perplexity beyond the training length"
 
 _INTRODUCTION = (
     "The same {tokens} tokens of held-out text are scored at every length and for every model; only the "
@@ -33,84 +32,126 @@ _PROTOCOLS = {
     ),
 }
 
-# What a ratio of perplexities below and above 1 means under each protocol.
-_READINGS = {
-    "sliding": ("the added context helps", "the added context hurts"),
-    "non_overlapping": ("it falls, as it does where fewer targets lack context", "the added context hurts"),
-}
-
 _WHY_CROPPED = (
     "A cropped model still reads the most recent {train_length} tokens, which hold most of what helps to "
     "predict the next one. So cropping, which needs no training, is a strong baseline in perplexity; a "
     "model that extrapolates has to be measured against it, not only against one that fails."
 )
 
+_BASELINES = (
+    "Each baseline is a change of the config on the same weights, without training, for the longest length evaluated: "
+    "RoPE scaling as transformers does it, by the longest length / `max_position_embeddings`; a window in which every "
+    "layer sees the last {train_length} tokens; the slopes of a converted model scaled by the longest length / "
+    "{train_length}."
+)
+
+_INTERVALS = {
+    "documents": "documents drawn with replacement, {units} of them in the scored tokens",
+    "blocks": (
+        "blocks of {block_tokens} neighbouring tokens drawn with replacement, {units} of them (documents in the scored "
+        "tokens: {documents}, too few to draw from; blocks of one document resemble each other, so that these "
+        "intervals are rather too narrow)"
+    ),
+}
+
+_PASSKEY = (
+    "A number of five digits stands in filler text, at a depth from 0 % (the beginning) to 100 % (right before the "
+    "question), and the prompt ends with the question for it; prompt and answer are exactly as long as said. A case "
+    "counts where greedy generation gives the whole number. {cases} cases for each length and depth, the same ones for "
+    "every model. In brackets: Wilson's 95 % interval."
+)
+
 _LIMITS = (
     "A flat perplexity curve shows that length does no harm. It is not long-context use: a model that "
     "ignored everything beyond the training length would have one too. Whether distant facts are found "
     "takes a retrieval test.",
-    "Differences of a percent or so can come from the seed of the training and from the choice of text: "
-    "this is one run on one text.",
+    "The intervals are about the choice of text: how far the numbers would move with other documents like these. The "
+    "seed of the training can move them as much and is not in them: this is one run on one text. Of twenty comparisons "
+    "without any difference, one on average shows one.",
     "Perplexities compare only between models with the same tokenizer; bits per byte compare between tokenizers too.",
     "Where documents are shorter than the window, the added context is other documents.",
 )
 
+_PASSKEY_LIMITS = {
+    True: (
+        "The passkey probe asks for one number in filler that repeats itself, the easiest case of retrieval: to fail "
+        "it says more than to pass it. A model that does not find the number in short prompts does not know the task, "
+        "and its numbers say nothing about length; training on `dataset_name: passkey` teaches it."
+    ),
+    False: "The passkey probe was not run (`passkey_cases`): whether distant facts are found is not known.",
+}
 
-def write_report(results: Results, path: Path) -> None:
-    """Write the Markdown report of an extrapolation run to `path`.
 
-    Images are linked as `perplexity.png` and `position_loss.png` beside it.
+def write_report(results: Results, folder: Path) -> list[Path]:
+    """Write `report.md` and `report.html` of an extrapolation run into `folder`; returns both paths.
+
+    The pictures lie beside them: `perplexity.png`, `position_loss.png`, and `passkey.png` where the probe was run. The
+    page has them inside.
     """
-    sections = [
-        "# Perplexity beyond the training length",
-        _compared(results),
-        *(_protocol_section(results, protocol) for protocol in _protocols(results)),
-        "![Perplexity against evaluation length, one panel a protocol](perplexity.png)",
-        "## What the numbers say",
-        "\n".join(f"- {sentence}" for sentence in _statements(results)),
-        *_cropped_note(results),
-        "## Loss by position",
-        _position_text(results),
-        "![Loss against the position in the window](position_loss.png)",
-        "## What the numbers do not show",
-        "\n".join(f"- {limit}" for limit in _LIMITS),
-        "## How it was run",
-        _environment(results),
-    ]
-    with replacing(path) as temporary:
-        temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    text = "\n\n".join(_sections(results)) + "\n"
+    paths = [folder / "report.md", folder / "report.html"]
+    for path, content in zip(paths, (text, html_page(text, title=_TITLE, folder=folder)), strict=True):
+        with replacing(path) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    return paths
 
 
-def protocol_title(results: Results, protocol: str) -> str:
-    """Name of a protocol with its stride."""
-    if protocol == "sliding":
-        return f"Sliding window, stride {results['settings']['stride']}"
-    return {"non_overlapping": "Non-overlapping windows"}.get(protocol, protocol)
+def table_rows(
+    results: Results, protocol: str, value: str, *, intervals: bool = False
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield, for each model and context, its name and `value` (a row's field) at each length as text.
 
-
-def table_rows(results: Results, protocol: str, value: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield, for each model and context, its name and `value` (a row's field) at each length as text."""
-    for model, context in _lines(results):
-        line = _line(results, model, protocol, context)
-        cells = [format_value(row[value]) if row["status"] == "ok" else "cannot run" for row in line]
-        yield _name(results, model, context), cells
-
-
-def format_value(value: float | None) -> str:
-    """Four significant digits and at most three decimals, or a hyphen where there is no number.
-
-    >>> format_value(6.0), format_value(19.7321), format_value(1330.4), format_value(None)
-    ('6.000', '19.73', '1330', '-')
+    With `intervals` the fields `<value>_low` and `<value>_high` follow in brackets.
     """
-    if value is None:
-        return "-"
-    return f"{value:.{max(0, 3 - math.floor(math.log10(max(value, 1.0))))}f}"
+    for model, context in lines(results):
+        cells = []
+        for row in line(results, model, protocol, context):
+            ends = (row[f"{value}_low"], row[f"{value}_high"]) if intervals else (None, None)
+            cells.append(format_interval(row[value], *ends) if row["status"] == "ok" else "cannot run")
+        yield line_name(results, model, context), cells
+
+
+def passkey_rows(results: Results) -> Iterator[tuple[str, list[str]]]:
+    """Yield, for each model and baseline, its name and the share of keys found at each length as text."""
+    rows = [row for row in results["passkey"]["rows"] if row["depth"] is None]
+    for model, context in dict.fromkeys((row["model"], row["context"]) for row in rows):
+        cells = [_share(row) for row in rows if (row["model"], row["context"]) == (model, context)]
+        yield line_name(results, model, context), cells
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    if row["status"] != "ok":
+        return "cannot run"
+    return f"{row['found'] / row['cases']:.0%} [{row['low']:.0%}, {row['high']:.0%}]"
+
+
+def _sections(results: Results) -> Iterator[str]:
+    yield f"# {_TITLE}"
+    yield _compared(results)
+    if brief := list(in_short(results)):
+        yield "## In short"
+        yield _bullets(brief)
+    yield from _baselines(results)
+    for protocol in protocols(results):
+        yield _protocol_section(results, protocol)
+    yield "![Perplexity against evaluation length, one panel a protocol](perplexity.png)"
+    yield "## What the numbers say"
+    yield _bullets(statements(results))
+    yield from _cropped_note(results)
+    yield from _passkey(results)
+    yield "## Loss by position"
+    yield _position_text(results)
+    yield "![Loss against the position in the window](position_loss.png)"
+    yield "## What the numbers do not show"
+    yield _bullets([*_LIMITS[:1], _PASSKEY_LIMITS["passkey" in results], *_LIMITS[1:]])
+    yield "## How it was run"
+    yield _environment(results)
 
 
 def _compared(results: Results) -> str:
     settings = results["settings"]
     header = ["model", "source", "type", "positions", "attention", "dtype", "parameters"]
-    lines = [
+    cells = [
         [
             name,
             f"`{model['source']}`",
@@ -126,96 +167,55 @@ def _compared(results: Results) -> str:
     text = settings.get("text")
     source = f" Text: {text}." if text else ""
     train_length = f" Training length: {settings['train_length']} tokens."
-    return f"{introduction}{source}{train_length}\n\n{_table(header, lines)}"
+    return f"{introduction}{source}{train_length}\n\n{_table(header, cells)}"
+
+
+def _baselines(results: Results) -> Iterator[str]:
+    """What the baselines are, and why a model has not all that are made for it."""
+    models = results["models"]
+    left_out: dict[tuple[str, str], list[str]] = {}
+    for name, model in models.items():
+        for baseline, reason in model["left_out"].items():
+            left_out.setdefault((name, reason), []).append(f"`{baseline}`")
+    if left_out or any(model["baselines"] for model in models.values()):
+        yield "## Baselines"
+        yield _BASELINES.format(train_length=results["settings"]["train_length"])
+    if left_out:
+        yield _bullets([f"**{name}** has no {listed(left, 'or')}: {why}." for (name, why), left in left_out.items()])
 
 
 def _protocol_section(results: Results, protocol: str) -> str:
     settings = results["settings"]
     stride = settings["stride"]
-    lengths = [f"{length} ({_times(length, settings['train_length'])})" for length in sorted(settings["lengths"])]
+    lengths = [f"{length} ({times(length, settings['train_length'])})" for length in sorted(settings["lengths"])]
     parts = [
         f"## {protocol_title(results, protocol)}",
         _PROTOCOLS.get(protocol, "").format(stride=stride, before=stride - 1),
     ]
-    for value, title in (("perplexity", "Perplexity per token"), ("bits_per_byte", "Bits per byte")):
-        lines = [[name, *cells] for name, cells in table_rows(results, protocol, value)]
-        parts += [f"{title} (lower is better):", _table(["model", *lengths], lines)]
+    tables = (
+        ("perplexity", "Perplexity per token (lower is better), in brackets its 95 % interval:", True),
+        ("bits_per_byte", "Bits per byte (lower is better):", False),
+    )
+    for value, title, intervals in tables:
+        cells = [[name, *cells] for name, cells in table_rows(results, protocol, value, intervals=intervals)]
+        parts += [title, _table(["model", *lengths], cells)]
     return "\n\n".join(parts)
 
 
-def _statements(results: Results) -> Iterator[str]:
-    """Yield sentences computed from the numbers, for every model and protocol, whichever way they go."""
-    for model in results["models"]:
-        yield from _cannot_run(results, model)
-        for protocol in _protocols(results):
-            yield from _length_ratio(results, model, protocol)
-    for protocol in _protocols(results):
-        yield from _against_cropped(results, protocol)
+def _cropped_note(results: Results) -> Iterator[str]:
+    if any(row["context"] == "cropped" for row in results["rows"]):
+        yield _WHY_CROPPED.format(train_length=results["settings"]["train_length"])
 
 
-def _cannot_run(results: Results, model: str) -> Iterator[str]:
-    lines = _line(results, model, _protocols(results)[0], "full")
-    stopped = [row for row in lines if row["status"] != "ok"]
-    if not stopped:
+def _passkey(results: Results) -> Iterator[str]:
+    if "passkey" not in results:
         return
-    reason = stopped[0]["status"].removeprefix("cannot run: ")
-    limit = results["models"][model].get("position_limit")
-    where = f" past {limit} tokens" if limit else ""
-    missing = ", ".join(str(row["length"]) for row in stopped)
-    yield f"**{model}** cannot run{where} ({reason}): it has no value at {missing}."
-
-
-def _length_ratio(results: Results, model: str, protocol: str) -> Iterator[str]:
-    """Compare the greatest length that a model runs at with the training length."""
-    train_length = results["settings"]["train_length"]
-    ran = [row for row in _line(results, model, protocol, "full") if row["status"] == "ok"]
-    start = next((row for row in ran if row["length"] == train_length), None)
-    if start is None or ran[-1]["length"] <= train_length:
-        return
-    ratio = ran[-1]["perplexity"] / start["perplexity"]
-    helps, hurts = _READINGS.get(protocol, ("lower", "higher"))
-    yield (
-        f"**{model}**, {protocol_title(results, protocol).lower()}: perplexity at "
-        f"{_times(ran[-1]['length'], train_length)} the training length is {format_value(ratio)} of that at 1 "
-        f"{_TIMES} ({format_value(ran[-1]['perplexity'])} against {format_value(start['perplexity'])}; "
-        f"lower is better): {_verdict(ratio, better=helps, worse=hurts)}."
-    )
-
-
-def _against_cropped(results: Results, protocol: str) -> Iterator[str]:
-    """Compare each model at the greatest length with each cropped baseline."""
-    longest = max(results["settings"]["lengths"])
-    at_end = [row for row in results["rows"] if row["protocol"] == protocol and row["length"] == longest]
-    for cropped in (row for row in at_end if row["context"] == "cropped" and row["status"] == "ok"):
-        baseline = _name(results, cropped["model"], "cropped")
-        for row in at_end:
-            if row["context"] != "full" or row["status"] != "ok":
-                continue
-            ratio = row["perplexity"] / cropped["perplexity"]
-            yield (
-                f"**{row['model']}** at {longest} tokens against **{baseline}**, "
-                f"{protocol_title(results, protocol).lower()}: {format_value(row['perplexity'])} against "
-                f"{format_value(cropped['perplexity'])}, "
-                f"{_verdict(ratio, better=_percent(ratio, 'lower'), worse=_percent(ratio, 'higher'))}."
-            )
-
-
-def _verdict(ratio: float, *, better: str, worse: str) -> str:
-    """Say in words on which side of 1 a ratio of perplexities lies."""
-    if abs(ratio - 1) < _EQUAL:
-        return f"no difference to speak of (within {_EQUAL:.1%})"
-    return f"{better} (better)" if ratio < 1 else f"{worse} (worse)"
-
-
-def _percent(ratio: float, word: str) -> str:
-    """Say how far a ratio lies from 1: as a percentage, or as a factor where that is easier to read."""
-    return f"{ratio:.3g} times as high" if ratio >= 3 else f"{abs(ratio - 1):.1%} {word}"
-
-
-def _cropped_note(results: Results) -> list[str]:
-    if not any(row["context"] == "cropped" for row in results["rows"]):
-        return []
-    return [_WHY_CROPPED.format(train_length=results["settings"]["train_length"])]
+    yield "## Passkey probe"
+    yield _PASSKEY.format(cases=results["passkey"]["cases"])
+    header = ["keys found", *map(str, results["passkey"]["lengths"])]
+    yield _table(header, [[name, *cells] for name, cells in passkey_rows(results)])
+    yield "![Share of keys found by depth and length, one panel a model](passkey.png)"
+    yield _bullets(passkey_statements(results))
 
 
 def _position_text(results: Results) -> str:
@@ -231,46 +231,27 @@ def _position_text(results: Results) -> str:
 
 
 def _environment(results: Results) -> str:
-    environment, settings = results["environment"], results["settings"]
+    environment, settings, intervals = (results[part] for part in ("environment", "settings", "intervals"))
     packages = ", ".join(
         f"{name} {version}" for name, version in environment["packages"].items() if version is not None
     )
     commit = environment["git_commit"] or "not a checkout"
+    resampling = _INTERVALS[intervals["unit"]].format(**intervals)
     return (
         f"Python {environment['python']}, {packages}; device: {environment['device']}; commit: {commit}. "
         f"Lengths {', '.join(map(str, settings['lengths']))}; {settings['scored_tokens']} tokens scored; "
-        f"stride {settings['stride']}. All numbers are in `results.json` and `results.csv`."
+        f"stride {settings['stride']}. Intervals: {intervals['level']:.0%} percentile bootstrap, "
+        f"{intervals['resamples']} resamples, {resampling}; ratios are paired, both perplexities being "
+        "those of the same tokens. All numbers are in `results.json`, the perplexities in `results.csv` too."
     )
 
 
-def _protocols(results: Results) -> list[str]:
-    return list(dict.fromkeys(row["protocol"] for row in results["rows"]))
+def _bullets(sentences: Iterator[str] | Sequence[str]) -> str:
+    return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
-def _lines(results: Results) -> list[tuple[str, str]]:
-    """Models with their contexts, each baseline right after its model."""
-    pairs = dict.fromkeys((row["model"], row["context"]) for row in results["rows"])
-    models = list(dict.fromkeys(model for model, _ in pairs))
-    return sorted(pairs, key=lambda pair: models.index(pair[0]))
-
-
-def _line(results: Results, model: str, protocol: str, context: str) -> list[Mapping[str, Any]]:
-    """Rows of one model, protocol and context, shortest length first."""
-    wanted = {"model": model, "protocol": protocol, "context": context}
-    rows = [row for row in results["rows"] if wanted.items() <= row.items()]
-    return sorted(rows, key=lambda row: row["length"])
-
-
-def _name(results: Results, model: str, context: str) -> str:
-    return f"{model}, cropped to {results['settings']['train_length']}" if context == "cropped" else model
-
-
-def _times(length: int, train_length: int) -> str:
-    return f"{length / train_length:.3g} {_TIMES}"
-
-
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def _table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     """Format a Markdown table: the first column left, the others right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *escaped))
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in cells]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *escaped))

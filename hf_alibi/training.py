@@ -212,7 +212,14 @@ def _convert(
             apply_alibi(model, slopes=[0.0] * num_heads(text_config(model.config)))
         elif not is_alibi(model.config):
             model.to(training.device)
-            done = convert_model(model, blocks.input_ids, recipe, bf16=training.bf16, seed=training.seed)
+            done = convert_model(
+                model,
+                blocks.input_ids,
+                recipe,
+                bf16=training.bf16,
+                seed=training.seed,
+                progress=not training.disable_tqdm and training.process_index == 0,
+            )
     except ValueError as error:
         raise InputError(f"cannot convert the model to ALiBi: {one_line(error)}") from error
     model.config.alibi_train_length = args.block_size

@@ -1,7 +1,8 @@
-"""Compare models at lengths beyond their training length: perplexity, bits per byte, loss by position.
+"""Compare models and baselines at lengths beyond training: perplexity, loss by position, passkeys.
 
     python scripts/extrapolate.py configs/extrapolate.yaml
     python scripts/extrapolate.py configs/extrapolate.yaml --lengths 512 16384 --output_dir runs/long
+    python scripts/extrapolate.py configs/extrapolate.yaml --baselines rope_yarn sliding_window --passkey_cases 20
     python scripts/extrapolate.py configs/extrapolate.yaml --models '{"alibi": "runs/gpt2-alibi"}'
     python scripts/extrapolate.py --help
 

@@ -74,7 +74,7 @@ def test_arguments_reach_the_command(monkeypatch):
     assert seen == [["run.yaml", "--seed", "1"]]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "passkey"])
 def test_shipped_configs_are_valid(name):
     from transformers import TrainingArguments
 
@@ -83,6 +83,7 @@ def test_shipped_configs_are_valid(name):
     arguments, data, training = load_settings(classes, argv)
     assert arguments.attention == "alibi"
     assert data.dataset_name is not None
+    assert data.passkey_block_size in (None, arguments.block_size)
     assert training.max_steps > 0
     assert not Path(training.output_dir).is_absolute()
 

@@ -7,6 +7,7 @@ import torch
 from hf_alibi.data import (
     DataArguments,
     count_bytes,
+    document_numbers,
     load_documents,
     load_tokenizer,
     load_tokens,
@@ -186,3 +187,46 @@ def test_bad_fraction(fraction):
 def test_unknown_tokenizer(tmp_path):
     with pytest.raises(InputError, match="cannot load the tokenizer"):
         load_tokenizer(str(tmp_path))
+
+
+def test_document_numbers_follow_the_end_of_sequence_tokens(tokenizer):
+    tokens = torch.tensor([*byte_ids("ab"), EOS, EOS, *byte_ids("c")])
+    assert document_numbers(tokens, tokenizer).tolist() == [0, 0, 0, 1, 2]
+
+
+def test_passkeys_fill_blocks_and_are_held_out_in_blocks(tokenizer):
+    args = DataArguments(dataset_name="passkey", passkey_block_size=256, passkey_blocks=10, validation_fraction=0.25)
+    train, held_out = load_tokens(args, tokenizer)
+    assert (len(train), len(held_out)) == (8 * 256, 2 * 256)
+    for block in pack_blocks(torch.cat([train, held_out]), 256):
+        assert block["input_ids"][-1] == EOS
+        assert "pass key" in tokenizer.decode(block["input_ids"].tolist())
+    assert torch.equal(load_tokens(args, tokenizer).train, train)
+    args.passkey_seed = 1
+    assert not torch.equal(load_tokens(args, tokenizer).train, train)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dataset_name": "passkey"}, "give passkey_block_size, the block_size of the training"),
+        ({"dataset_name": "python-docs", "passkey_block_size": 256}, "with dataset_name passkey and only there"),
+        ({"dataset_name": "passkey", "passkey_block_size": 256, "passkey_blocks": 0}, "must be at least 1"),
+        (
+            {"dataset_name": "passkey", "passkey_block_size": 256, "validation_file": ["a.txt"]},
+            "leave validation_file out",
+        ),
+    ],
+)
+def test_bad_passkey_settings(arguments, message):
+    with pytest.raises(InputError, match=message):
+        DataArguments(**arguments)
+
+
+def test_passkeys_are_no_text(tokenizer):
+    args = DataArguments(dataset_name="passkey", passkey_block_size=256)
+    with pytest.raises(InputError, match="made of tokens"):
+        load_documents(args)
+    args.train_file = ["a.txt"]
+    with pytest.raises(InputError, match="both of dataset_name and train_file"):
+        load_tokens(args, tokenizer)

@@ -334,3 +334,14 @@ def test_rows_are_plain_data():
         "tokens",
         "status",
     ]
+
+
+def test_the_losses_behind_each_number_are_kept():
+    result = run(stock_model("gpt2", n_positions=16), tokens(110), cropped=True, train_length=16)
+    numbers = {(r.context, r.protocol, r.length): r.nats_per_token for r in result.rows if r.status == "ok"}
+    assert set(result.losses) == set(numbers)
+    assert len(numbers) == 2 * (2 + 3)
+    for key, losses in result.losses.items():
+        assert losses.shape == (64,)
+        assert float(losses.double().mean()) == pytest.approx(numbers[key])
+    assert result.losses["cropped", SLIDING, 32] is result.losses["full", SLIDING, 16]

@@ -1,12 +1,14 @@
 """The run behind `hf-alibi extrapolate`: folders in, files out; wrong input stops it early."""
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
 from conftest import VOCABULARY, stock_model
 from safetensors.torch import load_file, save_file
-from transformers import ByT5Tokenizer
+from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
 import hf_alibi
 from hf_alibi import evaluation, extrapolation, memory
@@ -14,7 +16,7 @@ from hf_alibi.errors import InputError
 from hf_alibi.extrapolation import extrapolate
 from hf_alibi.results import read_results
 
-FILES = {"results.json", "results.csv", "report.md", "perplexity.png", "position_loss.png"}
+FILES = {"results.json", "results.csv", "report.md", "report.html", "perplexity.png", "position_loss.png"}
 BYTES = 259
 
 
@@ -114,7 +116,7 @@ def test_numbers_are_those_of_the_model_in_the_folder(command, models):
 
 def test_results_hold_no_absolute_path(command, tmp_path):
     command()
-    for name in ("results.json", "results.csv", "report.md"):
+    for name in ("results.json", "results.csv", "report.md", "report.html"):
         assert str(tmp_path) not in (tmp_path / "out" / name).read_text(encoding="utf-8")
 
 
@@ -129,6 +131,137 @@ def test_cropped_baselines_can_be_chosen_and_left_out(command):
 
     assert cropped(command(output_dir="a", cropped=["alibi"])) == {"alibi"}
     assert cropped(command(output_dir="b", cropped=["none"])) == set()
+
+
+@pytest.fixture
+def rotary(tmp_path):
+    """A LLaMA made for 32 positions, and its conversion."""
+    options = {"vocab_size": BYTES, "initializer_range": 0.05}
+    original = save(stock_model("llama", **options), tmp_path / "llama")
+    alibi = save(hf_alibi.apply_alibi(stock_model("llama", **options)), tmp_path / "llama-alibi")
+    return {"alibi": alibi, "original": original}
+
+
+def by_key(results):
+    return {(r["model"], r["context"], r["protocol"], r["length"]): r for r in results["rows"]}
+
+
+BASELINE_LABELS = {
+    "rope_linear": "linear RoPE scaling ×2",
+    "rope_dynamic": "dynamic NTK ×2",
+    "rope_yarn": "YaRN ×2",
+    "sliding_window": "window of 16",
+}
+
+
+class TestBaselines:
+    def test_all_that_fit_are_rows_of_their_own(self, command, rotary, tmp_path, capsys):
+        results = command(models=rotary, baselines=["all"], cropped=["none"])
+        assert results["models"]["original"]["baselines"] == BASELINE_LABELS
+        assert results["models"]["alibi"]["baselines"] == {"alibi_linear": "slopes ÷4", "alibi_ntk": "NTK slopes ÷4"}
+        contexts = list(dict.fromkeys((row["model"], row["context"]) for row in results["rows"]))
+        assert contexts == [
+            *(("alibi", context) for context in ("full", "alibi_linear", "alibi_ntk")),
+            *(("original", context) for context in ("full", *BASELINE_LABELS)),
+        ]
+        for text in ((tmp_path / "out" / "report.md").read_text(encoding="utf-8"), capsys.readouterr().out):
+            for label in ("original, YaRN ×2", "original, window of 16", "alibi, NTK slopes ÷4"):
+                assert label in text
+
+    def test_their_numbers_are_those_of_the_model_loaded_so(self, command, rotary):
+        results = by_key(command(models=rotary, baselines=["all"]))
+        parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+        model = AutoModelForCausalLM.from_pretrained(rotary["original"], rope_parameters=parameters)
+        tokens = torch.tensor(
+            ByT5Tokenizer(extra_ids=0)("Bytes of a plain text, again and again; é is two of them. " * 40).input_ids
+        )
+        options = {"train_length": 16, "scored_tokens": 128, "stride": 8, "progress": False}
+        direct = evaluation.evaluate_extrapolation(model, tokens, lengths=[16, 32, 64], **options)
+        for row in direct.rows:
+            given = results["original", "rope_dynamic", row.protocol, row.length]
+            assert given["nats_per_token"] == pytest.approx(row.nats_per_token, abs=1e-5)
+        assert results["original", "rope_dynamic", "sliding", 32]["perplexity"] == pytest.approx(
+            results["original", "full", "sliding", 32]["perplexity"]
+        )
+        for context in BASELINE_LABELS:
+            assert results["original", context, "sliding", 64] != results["original", "full", "sliding", 64]
+
+    def test_the_window_at_the_training_length_is_the_model_itself(self, command, rotary):
+        rows = by_key(command(models=rotary, baselines=["sliding_window"]))
+        own, windowed = (
+            rows["original", context, "sliding", 16]["perplexity"] for context in ("full", "sliding_window")
+        )
+        assert windowed == pytest.approx(own, rel=1e-5)
+
+    def test_what_is_left_out_is_in_the_report(self, command, rotary, tmp_path):
+        results = command(models=rotary, baselines=["all"], lengths=[16, 32], scored_tokens=64)
+        assert set(results["models"]["original"]["left_out"]) == {"rope_linear", "rope_dynamic", "rope_yarn"}
+        report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+        assert "`rope_dynamic` or `rope_yarn`: the longest length, 32, is within the 32 tokens" in report
+
+    def test_lengths_of_the_probe_count_for_the_factor(self, command, rotary):
+        results = command(models=rotary, baselines=["rope_yarn"], passkey_cases=1, passkey_lengths=[256])
+        assert results["models"]["original"]["baselines"] == {"rope_yarn": "YaRN ×8"}
+
+
+class TestIntervals:
+    def test_every_number_has_one_and_the_file_says_how(self, command, tmp_path):
+        results = command()
+        for row in results["rows"]:
+            low, high = row["perplexity_low"], row["perplexity_high"]
+            assert (low is None) == (row["status"] != "ok")
+            assert low is None or low < row["perplexity"] < high
+        # The text is one document.
+        assert results["intervals"]["unit"] == "blocks"
+        assert (results["intervals"]["block_tokens"], results["intervals"]["units"]) == (6, 22)
+        assert "perplexity_low,perplexity_high" in (tmp_path / "out" / "results.csv").read_text(encoding="utf-8")
+
+    def test_documents_are_those_of_the_text(self, command, tmp_path):
+        lines = "".join(json.dumps({"text": f"{n}"}) + "\n" for n in range(300))
+        (tmp_path / "many.jsonl").write_text(lines)
+        results = command(train_file=[str(tmp_path / "many.jsonl")])
+        scored = "".join(f"{n}|" for n in range(300))[-128:]
+        assert results["intervals"]["unit"] == "documents"
+        assert results["intervals"]["units"] == scored.count("|")
+
+    def test_the_converted_model_is_compared_with_every_other_line(self, command):
+        results = command()
+        against = {
+            (e["against_model"], e["against_context"], e["length"])
+            for e in results["comparisons"]
+            if e["length"] == e["against_length"] and e["protocol"] == "sliding"
+        }
+        assert against == {("original", "full", 16), *(("original", "cropped", n) for n in (16, 32, 64))}
+        assert {e["model"] for e in results["comparisons"] if e["length"] != e["against_length"]} == {"alibi"}
+
+
+def test_the_passkey_probe_asks_all_models_and_baselines(command, rotary, tmp_path, capsys):
+    results = command(
+        models=rotary, baselines=["rope_yarn"], passkey_cases=2, passkey_lengths=[160, 200], passkey_depths=[0, 1]
+    )
+    probe = results["passkey"]
+    assert (probe["lengths"], probe["depths"], probe["cases"]) == ([160, 200], [0.0, 1.0], 2)
+    asked = {(row["model"], row["context"], row["length"], row["depth"]) for row in probe["rows"]}
+    lines = [("alibi", "full"), ("original", "full"), ("original", "rope_yarn")]
+    assert asked == {(*line, n, depth) for line in lines for n in (160, 200) for depth in (0.0, 1.0, None)}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*FILES, "passkey.png"}
+    assert "Passkeys found" in capsys.readouterr().out
+    assert "## Passkey probe" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+
+
+def test_models_are_in_memory_one_at_a_time(command, rotary, monkeypatch):
+    alive = weakref.WeakSet()
+    load = extrapolation._load
+
+    def watched(source):
+        gc.collect()
+        assert not list(alive)
+        model = load(source)
+        alive.add(model)
+        return model
+
+    monkeypatch.setattr(extrapolation, "_load", watched)
+    command(models=rotary, baselines=["all"])
 
 
 @pytest.fixture(autouse=True)
@@ -165,6 +298,13 @@ class TestWrongInputStopsBeforeEvaluation:
             ({"models": {"a": "./missing"}}, r"no folder \./missing; give an existing folder or a hub name"),
             ({"models": "a"}, "not JSON"),
             ({"models": {}}, "must be a mapping"),
+            ({"baselines": ["yarn"]}, "baselines names 'yarn'; allowed: rope_linear"),
+            ({"baselines": ["rope_yarn"]}, "'rope_yarn', which is for none of the models alibi, original"),
+            ({"passkey_cases": -1}, "passkey_cases is -1"),
+            ({"passkey_depths": [0.5, 1.5]}, "passkey_depths is .*from 0 to 1"),
+            ({"passkey_lengths": [0]}, "passkey_lengths is .*at least 1 token"),
+            ({"passkey_lengths": [256, 256]}, "give different numbers"),
+            ({"passkey_cases": 1}, r"passkey_lengths has 16, and .* give passkey_lengths of at least \d+"),
             ({"cropped": ["other"]}, "cropped names 'other'; the models are alibi, original"),
             ({"lengths": [32, 64]}, "train_length 16 is not among lengths"),
             ({"train_length": 0}, "must be at least 1 token"),

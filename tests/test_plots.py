@@ -1,41 +1,24 @@
 """Pictures hold what they should: looked at through what was drawn and through the file."""
 
 import sys
-from itertools import pairwise
 
 import pytest
+from made_up import made_up_results, with_keys
 
 from hf_alibi import plots
 from hf_alibi.errors import InputError
-from hf_alibi.plots import loss_by_position, loss_curve, perplexity_by_length, require_matplotlib
+from hf_alibi.plots import loss_by_position, loss_curve, passkey_map, perplexity_by_length, require_matplotlib
 
 LENGTHS = [8, 16, 32]
-CANNOT = "cannot run: learned position table has 8 rows"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def results(**perplexities):
-    """Results with these perplexities at each length, equal in both protocols; None: cannot run."""
-    rows = [
-        {
-            "model": name.removesuffix("_cropped"),
-            "protocol": protocol,
-            "length": length,
-            "context": "cropped" if name.endswith("_cropped") else "full",
-            "perplexity": perplexity,
-            "status": "ok" if perplexity else CANNOT,
-        }
-        for name, values in perplexities.items()
-        for protocol in ("sliding", "non_overlapping")
-        for length, perplexity in zip(LENGTHS, values, strict=True)
-    ]
-    bins = [{"first": a, "last": b - 1, "nats_per_token": 3.0, "tokens": 4} for a, b in pairwise((1, 2, 5, 33))]
-    models = dict.fromkeys(name.removesuffix("_cropped") for name in perplexities)
-    return {
-        "settings": {"train_length": 8, "lengths": LENGTHS, "stride": 4, "scored_tokens": 64},
-        "rows": rows,
-        "position_loss": {name: {"length": 32, "windows": 2, "bins": bins} for name in models},
-    }
+    """Results with these perplexities at each length, of models and, as `model__context`, of their baselines."""
+    lines = {(name.split("__")[0], (name.split("__")[1:] or ["full"])[0]): p for name, p in perplexities.items()}
+    kinds = {model: "original" for model, _ in lines}
+    labels = {context: f"label of {context}" for _, context in lines}
+    return made_up_results(lines, lengths=LENGTHS, kinds=kinds, labels=labels)
 
 
 @pytest.fixture
@@ -62,7 +45,7 @@ def is_picture(path):
 
 
 def test_perplexity_has_a_panel_a_protocol_and_a_line_a_model(tmp_path, drawn):
-    perplexity_by_length(results(alibi=(9, 8, 7), other=(9, 10, 11), other_cropped=(9, 9, 9)), tmp_path / "p.png")
+    perplexity_by_length(results(alibi=(9, 8, 7), other=(9, 10, 11), other__cropped=(9, 9, 9)), tmp_path / "p.png")
     assert is_picture(tmp_path / "p.png")
     assert [path.name for path in tmp_path.iterdir()] == ["p.png"]
     (figure,) = drawn
@@ -83,6 +66,39 @@ def test_a_model_that_cannot_run_is_crossed_at_its_last_length(tmp_path, drawn):
     cross = found["table (cannot run past 16)"]
     assert (cross.get_marker(), list(cross.get_xdata()), list(cross.get_ydata())) == ("x", [16], [8])
     assert "none (cannot run at these lengths)" in found
+
+
+def test_baselines_share_the_colour_of_their_model_and_differ_in_style(tmp_path, drawn):
+    names = ["cropped", "rope_linear", "rope_dynamic", "rope_yarn", "sliding_window"]
+    made = results(a=(9, 8, 7), b=(9, 10, 11), b__rope_yarn=(8, 8, 8), **{f"a__{name}": (9, 9, 9) for name in names})
+    perplexity_by_length(made, tmp_path / "p.png")
+    found = lines(drawn[0])
+    of_a = [found[label] for label in found if label == "a" or label.startswith("a, ")]
+    assert len(of_a) == 6
+    assert {line.get_color() for line in of_a} == {found["a"].get_color()} != {found["b"].get_color()}
+    styles = [(line.get_linestyle(), line._unscaled_dash_pattern, line.get_marker()) for line in of_a]
+    assert len(set(styles)) == 6
+    assert found["b, label of rope_yarn"].get_color() == found["b"].get_color()
+
+
+def test_bands_are_the_intervals_of_the_models(tmp_path, drawn):
+    perplexity_by_length(results(a=(9, 8, 7), b=(9, None, None), a__rope_yarn=(5, 5, 5)), tmp_path / "p.png")
+    bands = [band.get_paths()[0].vertices for band in drawn[0].axes[0].collections]
+    assert len(bands) == 2
+    assert (bands[0][:, 1].min(), bands[0][:, 1].max()) == pytest.approx((7 / 1.1, 9 * 1.1))
+
+
+def test_passkeys_are_a_map_a_model(tmp_path, drawn):
+    made = results(a=(9, 8, 7), b=(9, 10, 11), b__rope_yarn=(8, 8, 8))
+    found = {("a", "full"): (10, 5, 0), ("b", "full"): (3, None, None), ("b", "rope_yarn"): (0, 0, 0)}
+    passkey_map(with_keys(made, found, lengths=LENGTHS), tmp_path / "k.png")
+    assert is_picture(tmp_path / "k.png")
+    panels = {panel.get_title(): panel for panel in drawn[0].axes if panel.get_title()}
+    assert list(panels) == ["a", "b", "b, label of rope_yarn"]
+    shown = panels["a"].images[0].get_array()
+    assert shown.tolist() == [[1.0, 0.5, 0.0], [1.0, 0.5, 0.0]]
+    assert [text.get_text() for text in panels["b"].texts] == ["30%", "–", "–"] * 2
+    assert [label.get_text() for label in panels["a"].get_yticklabels()] == ["0%", "100%"]
 
 
 @pytest.mark.parametrize(("last", "scale"), [(11.0, "linear"), (4000.0, "log")])

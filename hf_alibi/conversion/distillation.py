@@ -7,21 +7,19 @@ training on the same tokens. It is the idea of LinearARD (arXiv 2604.00004), the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import psutil
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from ..anatomy import is_alibi, is_rotary, position_modules, self_attentions, text_decoder
 from ..configuration import text_config
 from ..modes import evaluation_mode
+from ..progress import progress_bar
 
 __all__ = ["AttentionRecord", "LayerFit", "check_distillation", "distill_attention", "record_attention"]
 
@@ -30,8 +28,6 @@ _RECORD_DTYPE = torch.bfloat16
 # One block of so many is not fitted to and tells how good the fit is.
 _HELD_OUT = 16
 _WARMUP_STEPS = 10
-
-Item = TypeVar("Item")
 
 
 class AttentionRecord(NamedTuple):
@@ -73,13 +69,16 @@ def check_distillation(model: PreTrainedModel, input_ids: Tensor, batch_size: in
 
 
 @torch.no_grad()
-def record_attention(model: PreTrainedModel, input_ids: Tensor, *, batch_size: int) -> list[AttentionRecord]:
+def record_attention(
+    model: PreTrainedModel, input_ids: Tensor, *, batch_size: int, progress: bool = False
+) -> list[AttentionRecord]:
     """Inputs and outputs of each self-attention layer of an unconverted `model`, in order, in main memory.
 
     Args:
         model: before `apply_alibi`.
         input_ids: (blocks, tokens); takes 4 bytes a token, layer and unit of width.
         batch_size: blocks in one forward pass.
+        progress: show a bar.
 
     Raises ValueError where `check_distillation` does.
     """
@@ -95,8 +94,10 @@ def record_attention(model: PreTrainedModel, input_ids: Tensor, *, batch_size: i
     with ExitStack() as hooks:
         for name, layer in self_attentions(model):
             hooks.enter_context(layer.register_forward_hook(partial(keep, name), with_kwargs=True))
-        for batch in _progress(input_ids.split(batch_size), "recording attention"):
+        advance = hooks.enter_context(progress_bar("recording attention", input_ids.numel(), shown=progress))
+        for batch in input_ids.split(batch_size):
             _run(model, batch)
+            advance(batch.numel())
     return [AttentionRecord(torch.cat(inputs.pop(name)), torch.cat(outputs.pop(name))) for name in names]
 
 
@@ -110,6 +111,7 @@ def distill_attention(
     batch_size: int,
     bf16: bool = False,
     seed: int = 0,
+    progress: bool = False,
 ) -> list[LayerFit]:
     """Fit each self-attention layer of the converted `model` to what was recorded before, in place.
 
@@ -122,16 +124,17 @@ def distill_attention(
         batch_size: blocks a step.
         bf16: compute in bfloat16 by autocast; the weights keep their type.
         seed: of the order of blocks.
+        progress: show a bar.
 
     Returns the error of each layer before and after. Raises ValueError where a layer's attention reads more of the
     text than its hidden states, so that it cannot be run by itself.
     """
-    with evaluation_mode(model):
+    layers = list(self_attentions(model))
+    with evaluation_mode(model), progress_bar("distilling attention", len(layers), shown=progress) as advance:
         calls = _calls(model, input_ids[:batch_size])
         _check_alone(calls, _calls(model, input_ids[-batch_size:]))
-        layers = list(self_attentions(model))
         fits = []
-        for name, layer in _progress(layers, "distilling attention"):
+        for name, layer in layers:
             generator = torch.Generator().manual_seed(seed)
             fits.append(
                 _fit(
@@ -145,6 +148,7 @@ def distill_attention(
                     generator=generator,
                 )
             )
+            advance(1)
     return fits
 
 
@@ -252,7 +256,3 @@ def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def _output(output: Any) -> Tensor:
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
-
-
-def _progress(items: Sequence[Item], description: str) -> Iterable[Item]:
-    return track(items, description, console=Console(stderr=True))

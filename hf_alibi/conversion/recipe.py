@@ -50,7 +50,13 @@ class ConversionArguments:
 
 
 def convert_model(
-    model: PreTrainedModel, blocks: Tensor, recipe: ConversionArguments, *, bf16: bool = False, seed: int = 0
+    model: PreTrainedModel,
+    blocks: Tensor,
+    recipe: ConversionArguments,
+    *,
+    bf16: bool = False,
+    seed: int = 0,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Convert an unconverted `model` by the recipe, in place.
 
@@ -60,6 +66,7 @@ def convert_model(
         recipe: what is done.
         bf16: distil in bfloat16 by autocast.
         seed: of the distillation.
+        progress: show bars.
 
     Returns what was done, for the metrics of a run. Raises ValueError where the model cannot be converted, or not like
     this; most reasons are found before anything is changed.
@@ -71,7 +78,10 @@ def convert_model(
     if recipe.match_tokens:
         matched = _first(blocks, recipe.match_tokens, "match_tokens")[:, : position_limit(model)]
         done["head_order"] = match_heads(model, matched.to(model.device))
-    records = record_attention(model, distilled, batch_size=recipe.distill_batch_size) if recipe.distill_tokens else []
+    batch_size = recipe.distill_batch_size
+    records = []
+    if recipe.distill_tokens:
+        records = record_attention(model, distilled, batch_size=batch_size, progress=progress)
     apply_alibi(model, sink_tokens=recipe.sink_tokens)
     if recipe.distill_tokens:
         fits = distill_attention(
@@ -80,9 +90,10 @@ def convert_model(
             records,
             epochs=recipe.distill_epochs,
             learning_rate=recipe.distill_learning_rate,
-            batch_size=recipe.distill_batch_size,
+            batch_size=batch_size,
             bf16=bf16,
             seed=seed,
+            progress=progress,
         )
         done["attention_error"] = [{"before": fit.before, "after": fit.after} for fit in fits]
     return done

@@ -1,0 +1,83 @@
+"""95 % confidence intervals: a bootstrap over documents for mean losses, Wilson's for proportions. Pure maths."""
+
+import math
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["BLOCK_TOKENS", "FEWEST_DOCUMENTS", "LEVEL", "interval", "resampled_means", "resampling_units", "wilson"]
+
+LEVEL = 0.95
+# Below this number of documents a bootstrap over them says little.
+FEWEST_DOCUMENTS = 20
+BLOCK_TOKENS = 256
+
+_TAIL = (1 - LEVEL) / 2
+# Counts of units in resamples that may stand in memory at a time.
+_ENTRIES = 2**22
+
+
+def resampling_units(documents: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """Choose what is drawn again and again: documents, or where these are too few, blocks of neighbouring tokens.
+
+    `documents`, shape (tokens,), has a number for the document of each token. Returns the number of the unit of each
+    token, int64 from 0 without gaps and of the same shape, and a description: "unit", "units" (how many), "documents"
+    and "block_tokens" (None for documents). Blocks have 256 tokens, or fewer where that would make less than 20 blocks.
+    """
+    units, found = documents.unique_consecutive(return_inverse=True)
+    if len(units) >= FEWEST_DOCUMENTS:
+        return found, {"unit": "documents", "units": len(units), "documents": len(units), "block_tokens": None}
+    block = max(1, min(BLOCK_TOKENS, len(documents) // FEWEST_DOCUMENTS))
+    found = torch.arange(len(documents)) // block
+    return found, {"unit": "blocks", "units": int(found[-1]) + 1, "documents": len(units), "block_tokens": block}
+
+
+def resampled_means(losses: Tensor, units: Tensor, *, resamples: int = 2000, seed: int = 0) -> Tensor:
+    """Means of losses under the bootstrap: units are drawn with replacement, every token of a unit counts.
+
+    Args:
+        losses: shape (rows, tokens), of the same tokens in each row.
+        units: shape (tokens,), int64, the unit of each token, as `resampling_units` gives it.
+        resamples: how many.
+        seed: of the draws, which are the same for all rows. So a difference between two rows in one resample is that of
+            a paired comparison.
+
+    Returns float64 of shape (resamples, rows).
+    """
+    count = int(units.max()) + 1
+    sums = torch.zeros(count, len(losses), dtype=torch.float64)
+    for index, row in enumerate(losses):
+        sums[:, index] = torch.bincount(units, weights=row.double(), minlength=count)
+    sizes = torch.bincount(units, minlength=count).double()
+    generator = torch.Generator().manual_seed(seed)
+    means = []
+    at_a_time = max(1, _ENTRIES // count)
+    for first in range(0, resamples, at_a_time):
+        drawn = torch.randint(count, (min(at_a_time, resamples - first), count), generator=generator)
+        times = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(
+            1, drawn, torch.ones(()).double().expand_as(drawn)
+        )
+        means.append(times @ sums / (times @ sizes)[:, None])
+    return torch.cat(means)
+
+
+def interval(values: Tensor) -> tuple[float, float]:
+    """The percentile interval of resampled values, shape (resamples,)."""
+    low, high = values.quantile(torch.tensor([_TAIL, 1 - _TAIL], dtype=values.dtype)).tolist()
+    return low, high
+
+
+def wilson(found: int, cases: int) -> tuple[float, float]:
+    """Wilson's interval for a proportion (Wilson 1927): sensible at 0, at 1 and for few cases.
+
+    >>> [round(end, 3) for end in wilson(10, 10)]
+    [0.722, 1.0]
+    """
+    z = NormalDist().inv_cdf(1 - _TAIL)
+    share = found / cases
+    centre = share + z * z / (2 * cases)
+    half = z * math.sqrt(share * (1 - share) / cases + z * z / (4 * cases * cases))
+    scale = 1 + z * z / cases
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)

@@ -1,0 +1,93 @@
+"""How the numbers of a result file are read: as lines over length, with a name each, and as text."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .results import Results
+
+__all__ = [
+    "format_interval",
+    "format_value",
+    "line",
+    "line_name",
+    "lines",
+    "listed",
+    "protocol_title",
+    "protocols",
+    "times",
+]
+
+_TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+def protocols(results: Results) -> list[str]:
+    """The protocols of a result, the one first that shows what distant context does."""
+    return list(dict.fromkeys(row["protocol"] for row in results["rows"]))
+
+
+def protocol_title(results: Results, protocol: str) -> str:
+    """Name of a protocol with its stride."""
+    if protocol == "sliding":
+        return f"Sliding window, stride {results['settings']['stride']}"
+    return {"non_overlapping": "Non-overlapping windows"}.get(protocol, protocol)
+
+
+def lines(results: Results) -> list[tuple[str, str]]:
+    """Models with their contexts, each baseline right after its model."""
+    pairs = dict.fromkeys((row["model"], row["context"]) for row in results["rows"])
+    models = list(dict.fromkeys(model for model, _ in pairs))
+    return sorted(pairs, key=lambda pair: models.index(pair[0]))
+
+
+def line(results: Results, model: str, protocol: str, context: str) -> list[Mapping[str, Any]]:
+    """Rows of one model, protocol and context, shortest length first."""
+    wanted = {"model": model, "protocol": protocol, "context": context}
+    rows = [row for row in results["rows"] if wanted.items() <= row.items()]
+    return sorted(rows, key=lambda row: row["length"])
+
+
+def line_name(results: Results, model: str, context: str) -> str:
+    """What a model in a context is called: the model alone, "..., cropped to 256", or with the label of a baseline."""
+    if context == "full":
+        return model
+    if context == "cropped":
+        return f"{model}, cropped to {results['settings']['train_length']}"
+    return f"{model}, {results['models'][model]['baselines'][context]}"
+
+
+def times(length: int, train_length: int) -> str:
+    """A length in units of the training length."""
+    return f"{length / train_length:.3g} {_TIMES}"
+
+
+def format_value(value: float | None) -> str:
+    """Four significant digits and at most three decimals, or a hyphen where there is no number.
+
+    >>> format_value(6.0), format_value(19.7321), format_value(1330.4), format_value(None)
+    ('6.000', '19.73', '1330', '-')
+    """
+    if value is None:
+        return "-"
+    return f"{value:.{max(0, 3 - math.floor(math.log10(max(value, 1.0))))}f}"
+
+
+def format_interval(value: float | None, low: float | None, high: float | None) -> str:
+    """A value with its interval, to the digits that the value has.
+
+    >>> format_interval(19.7321, 19.1, 20.4), format_interval(None, None, None)
+    ('19.73 [19.10, 20.40]', '-')
+    """
+    if value is None or low is None or high is None:
+        return format_value(value)
+    return f"{format_value(value)} [{format_value(low)}, {format_value(high)}]"
+
+
+def listed(items: Sequence[object], last: str = "and") -> str:
+    """Items in a row of words.
+
+    >>> listed([256, 512, 1024])
+    '256, 512 and 1024'
+    """
+    *first, end = map(str, items)
+    return f"{', '.join(first)} {last} {end}" if first else end
