@@ -9,6 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -57,6 +58,9 @@ def make_settings(
     values, overrides = dict(values), list(argv)
     fields = [field.name for cls in classes for field in dataclasses.fields(cls) if field.init]
     _require_known(values, fields, source=source)
+    if "use_cpu" in fields and not torch.accelerator.is_available():
+        # What runs anyway, said: without it transformers refuses bf16 here.
+        values["use_cpu"] = True
     negations = [f"no_{name}" for name in fields]
     given = [word[2:].split("=", 1)[0].replace("-", "_") for word in overrides if word.startswith("--")]
     _require_known((name for name in given if name not in negations), fields, source="the command line")
@@ -101,11 +105,13 @@ def resolve_settings(settings: Iterable[Any]) -> dict[str, Any]:
     Of TrainingArguments only the fields that differ from their defaults are kept, of other dataclasses all.
     """
     resolved: dict[str, Any] = {}
+    # Where nothing but the CPU is there, using it was no choice.
+    not_saved = _NOT_SAVED if torch.accelerator.is_available() else _NOT_SAVED | {"use_cpu"}
     for instance in settings:
         defaults = _defaults(instance)
         for field in dataclasses.fields(instance):
             value = getattr(instance, field.name)
-            if field.init and field.name not in _NOT_SAVED and (not defaults or value != defaults[field.name]):
+            if field.init and field.name not in not_saved and (not defaults or value != defaults[field.name]):
                 resolved[field.name] = _plain(value)
     return resolved
 

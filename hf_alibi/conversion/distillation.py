@@ -7,7 +7,7 @@ training on the same tokens. It is the idea of LinearARD (arXiv 2604.00004), the
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -70,7 +70,7 @@ def check_distillation(model: PreTrainedModel, input_ids: Tensor, batch_size: in
 
 @torch.no_grad()
 def record_attention(
-    model: PreTrainedModel, input_ids: Tensor, *, batch_size: int, progress: bool = False
+    model: PreTrainedModel, input_ids: Tensor, *, batch_size: int, bf16: bool = False, progress: bool = False
 ) -> list[AttentionRecord]:
     """Inputs and outputs of each self-attention layer of an unconverted `model`, in order, in main memory.
 
@@ -78,27 +78,35 @@ def record_attention(
         model: before `apply_alibi`.
         input_ids: (blocks, tokens); takes 4 bytes a token, layer and unit of width.
         batch_size: blocks in one forward pass.
+        bf16: compute in bfloat16 by autocast.
         progress: show a bar.
 
     Raises ValueError where `check_distillation` does.
     """
     check_distillation(model, input_ids, batch_size)
-    names = [name for name, _ in self_attentions(model)]
-    inputs: dict[str, list[Tensor]] = {name: [] for name in names}
-    outputs: dict[str, list[Tensor]] = {name: [] for name in names}
+    shape = (*input_ids.shape, text_config(model.config).hidden_size)
+    records = [
+        AttentionRecord(torch.empty(shape, dtype=_RECORD_DTYPE), torch.empty(shape, dtype=_RECORD_DTYPE))
+        for _ in self_attentions(model)
+    ]
+    rows = slice(0, 0)
 
-    def keep(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        inputs[name].append(_hidden_states(args, kwargs).to("cpu", _RECORD_DTYPE))
-        outputs[name].append(_output(output).to("cpu", _RECORD_DTYPE))
+    def keep(
+        record: AttentionRecord, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        record.inputs[rows] = _hidden_states(args, kwargs).to("cpu", _RECORD_DTYPE)
+        record.outputs[rows] = _output(output).to("cpu", _RECORD_DTYPE)
 
     with ExitStack() as hooks:
-        for name, layer in self_attentions(model):
-            hooks.enter_context(layer.register_forward_hook(partial(keep, name), with_kwargs=True))
+        for record, (_, layer) in zip(records, self_attentions(model), strict=True):
+            hooks.enter_context(layer.register_forward_hook(partial(keep, record), with_kwargs=True))
         advance = hooks.enter_context(progress_bar("recording attention", input_ids.numel(), shown=progress))
+        hooks.enter_context(_autocast(model.device, bf16))
         for batch in input_ids.split(batch_size):
+            rows = slice(rows.stop, rows.stop + len(batch))
             _run(model, batch)
             advance(batch.numel())
-    return [AttentionRecord(torch.cat(inputs.pop(name)), torch.cat(outputs.pop(name))) for name in names]
+    return records
 
 
 def distill_attention(
@@ -183,7 +191,7 @@ def _fit(
 
     def error(blocks: Tensor) -> Tensor:
         inputs, outputs = (part[blocks].to(device, dtype) for part in record)
-        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+        with _autocast(device, bf16):
             given = call(layer, inputs)
         return (given.float() - outputs.float()).square().mean() / scale
 
@@ -246,6 +254,10 @@ def _equal(one: Any, other: Any) -> bool:
 def _run(model: PreTrainedModel, batch: Tensor) -> None:
     with evaluation_mode(model):
         text_decoder(model)(input_ids=batch.to(model.device), use_cache=False)
+
+
+def _autocast(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
 def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

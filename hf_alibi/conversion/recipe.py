@@ -81,7 +81,7 @@ def convert_model(
     batch_size = recipe.distill_batch_size
     records = []
     if recipe.distill_tokens:
-        records = record_attention(model, distilled, batch_size=batch_size, progress=progress)
+        records = record_attention(model, distilled, batch_size=batch_size, bf16=bf16, progress=progress)
     apply_alibi(model, sink_tokens=recipe.sink_tokens)
     if recipe.distill_tokens:
         fits = distill_attention(
