@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _convert(argv: Sequence[str]) -> None:
     from transformers.utils.logging import disable_progress_bar
 
-    from .converting import perplexity_ratio, run
+    from .converting import cost, run
 
     disable_progress_bar()
     result = run(argv)
@@ -70,9 +70,7 @@ def _convert(argv: Sequence[str]) -> None:
     for name in ("training", "control"):
         if result[name] is not None:
             _conclude(result[name])
-    ratio = perplexity_ratio(result)
-    if ratio is not None:
-        _print(f"held-out perplexity of the converted model is {ratio:.3f} times that of the control")
+    _print(cost(result))
 
 
 def _ablation(argv: Sequence[str]) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +16,9 @@ from .extrapolation import ExtrapolateArguments, compare
 from .plots import require_matplotlib
 from .settings import load_settings, make_settings, read_yaml
 from .training import FinetuneArguments, train
-from .windows import check_protocol
+from .windows import NON_OVERLAPPING, check_protocol
 
-__all__ = ["ComparisonArguments", "convert", "run"]
+__all__ = ["ComparisonArguments", "convert", "cost", "run"]
 
 _CONTROL = "control"
 _EVALUATION = "evaluation"
@@ -103,7 +102,17 @@ def _convert(
     return result
 
 
-def perplexity_ratio(result: Mapping[str, Any]) -> float | None:
-    """Held-out perplexity of the converted model over that of the control; None without control or held-out text."""
-    losses = [result[name] and result[name]["eval_loss"] for name in ("training", "control")]
-    return None if None in losses else math.exp(losses[0] - losses[1])
+def cost(result: Mapping[str, Any]) -> str:
+    """What the conversion costs at the training length, in a sentence made from the results of `convert`."""
+    evaluation = result["evaluation"]
+    length = evaluation["settings"]["train_length"]
+    at_length = {"model": "alibi", "against_model": "original", "against_context": "full", "protocol": NON_OVERLAPPING}
+    [found] = [
+        entry
+        for entry in evaluation["comparisons"]
+        if entry["length"] == entry["against_length"] == length
+        and all(entry[name] == value for name, value in at_length.items())
+    ]
+    other = "the unconverted model, untrained" if result["control"] is None else "the unconverted model, trained alike"
+    ratio, low, high = (found[name] for name in ("ratio", "ratio_low", "ratio_high"))
+    return f"perplexity at {length} tokens: {ratio:.3f} [{low:.3f}, {high:.3f}] times that of {other}"

@@ -376,7 +376,14 @@ def _run(trainer: Trainer, checkpoint: Path | None) -> None:
 
 
 def _final_eval_loss(trainer: Trainer) -> float:
-    """Return the held-out loss of the trained model, which Trainer may have measured after the last step."""
+    """Return the held-out loss of the trained model in the type of its weights.
+
+    Where training is not mixed, Trainer may have measured it after the last step.
+    """
+    if trainer.args.bf16 or trainer.args.fp16:
+        # What makes a model compute in half precision stays on it after training.
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        return float(trainer.evaluate()["eval_loss"])
     for entry in reversed(trainer.state.log_history):
         if entry["step"] == trainer.state.global_step and "eval_loss" in entry:
             return float(entry["eval_loss"])

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 import hf_alibi
 from hf_alibi import cli
 from hf_alibi.ablation import ablation, ablation_table
-from hf_alibi.converting import convert, perplexity_ratio, run
-from hf_alibi.data import load_tokenizer
+from hf_alibi.converting import convert, cost, run
+from hf_alibi.data import DataArguments, load_tokenizer, load_tokens
 from hf_alibi.errors import InputError
 from hf_alibi.training import finetune
 
@@ -78,8 +78,14 @@ def test_one_call_converts_trains_and_compares():
     assert len(training["conversion"]["attention_error"]) == 2
     assert control["conversion"] == {}
     assert control["config"]["attention"] == "original"
-    expected = math.exp(training["eval_loss"] - control["eval_loss"])
-    assert perplexity_ratio(result) == pytest.approx(expected)
+    perplexity = {
+        row["model"]: row["perplexity"]
+        for row in result["evaluation"]["rows"]
+        if (row["length"], row["protocol"], row["context"]) == (BLOCK, "non_overlapping", "full")
+    }
+    ratio = perplexity["alibi"] / perplexity["original"]
+    assert cost(result).startswith(f"perplexity at {BLOCK} tokens: {ratio:.3f} [")
+    assert cost(result).endswith("times that of the unconverted model, trained alike")
 
     model = AutoModelForCausalLM.from_pretrained("run")
     assert isinstance(model, hf_alibi.AlibiLlamaForCausalLM)
@@ -95,7 +101,7 @@ def test_one_call_converts_trains_and_compares():
 def test_without_a_control_the_untouched_model_is_compared():
     result = run([*write(**COMPARISON), "--sink_tokens", "2"])
     assert result["control"] is None
-    assert perplexity_ratio(result) is None
+    assert cost(result).endswith("times that of the unconverted model, untrained")
     assert result["evaluation"]["models"]["original"]["source"] == "stock"
     assert AutoModelForCausalLM.from_pretrained("run").config.alibi_sink_tokens == 2
 
@@ -164,12 +170,23 @@ def test_unknown_fields_are_named():
 
 def test_the_command_says_what_it_cost(capsys):
     assert cli.main(["convert", *write(**COMPARISON), "--control", "true"]) == 0
-    assert "held-out perplexity of the converted model is" in capsys.readouterr().out
+    assert "times that of the unconverted model, trained alike" in capsys.readouterr().out
     assert Path("run/loss.png").is_file()
     assert Path("run/control/loss.png").is_file()
 
 
 ROWS = {"control": {"attention": "original"}, "none": {}, "sink": {"sink_tokens": 1}}
+
+
+def test_the_held_out_loss_is_that_of_the_weights_in_their_own_type():
+    """Training in half precision leaves a wrapper on the model, which would round its logits."""
+    metrics = finetune(write(bf16=True, eval_strategy="steps", eval_steps=3))
+    model = AutoModelForCausalLM.from_pretrained("run")
+    held_out = load_tokens(DataArguments(train_file=["text.txt"], validation_fraction=0.2), load_tokenizer("bytes"))[1]
+    blocks = held_out[: len(held_out) // BLOCK * BLOCK].view(-1, BLOCK)
+    with torch.no_grad():
+        losses = [model(row[None], labels=row[None]).loss.item() for row in blocks]
+    assert metrics["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
 
 
 def test_an_ablation_is_a_run_for_each_row_and_seed():
