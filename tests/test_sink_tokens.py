@@ -601,16 +601,29 @@ def test_the_cache_keeps_sinks_of_padded_sequences(family, side):
     model, ids, cache = alibi_model(family, slopes=STEEP), tokens(3, 500), AlibiCache()
     mask = torch.ones(3, 500, dtype=torch.long)
     if side == "left":
-        mask[1, :37] = mask[2, :120] = 0
+        mask[1, :37] = mask[2, :170] = 0  # what could be dropped soon would be the padding, and not yet its sinks
     elif side == "right":
         mask[1, 20:50] = mask[2, 2:50] = 0  # a prompt of 2 tokens, padded: half of its sinks come later
     else:
         mask[1, [0, 2, 3, 7, 100]] = mask[2, 1:30] = 0
-    first = 50 if side == "right" else 150
+    first = {"left": 180, "right": 50, "holes": 150}[side]
     output = step(model, ids, cache, [first] + [1] * (500 - first), attention_mask=mask).double()
     truth = model_truth(family, model, ids, mask, slopes=STEEP)
     assert largest(output[mask.bool()], truth[mask.bool()]) < 1e-4
     assert max(max(kept) for kept in cache.kept_tokens) < 450
+
+
+@pytest.mark.usefixtures("_small")
+def test_the_cache_drops_nothing_while_sinks_are_in_reach(family, monkeypatch):
+    """A sink that stood in front of the last tokens and among them would count twice."""
+    monkeypatch.setattr(cache_module, "_SETTLE", 4)
+    model, ids, cache = alibi_model(family, slopes=[0.9, 0.8, 0.7, 0.6]), tokens(2, 200), AlibiCache()
+    mask = torch.ones_like(ids)
+    mask[1, 2:80] = 0
+    output = step(model, ids, cache, [80] + [1] * 120, attention_mask=mask).double()
+    truth = model_truth(family, model, ids, mask, slopes=[0.9, 0.8, 0.7, 0.6])
+    assert largest(output[mask.bool()], truth[mask.bool()]) < 1e-4
+    assert all(store.front for one in cache.layers for store in one.stores)
 
 
 @pytest.mark.usefixtures("_small")
