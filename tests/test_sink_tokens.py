@@ -601,12 +601,12 @@ def test_the_cache_keeps_sinks_of_padded_sequences(family, side):
     model, ids, cache = alibi_model(family, slopes=STEEP), tokens(3, 500), AlibiCache()
     mask = torch.ones(3, 500, dtype=torch.long)
     if side == "left":
-        mask[1, :37] = mask[2, :120] = 0
+        mask[1, :37] = mask[2, :170] = 0  # what could be dropped soon would be the padding, and not yet its sinks
     elif side == "right":
         mask[1, 20:50] = mask[2, 2:50] = 0  # a prompt of 2 tokens, padded: half of its sinks come later
     else:
         mask[1, [0, 2, 3, 7, 100]] = mask[2, 1:30] = 0
-    first = 50 if side == "right" else 150
+    first = {"left": 180, "right": 50, "holes": 150}[side]
     output = step(model, ids, cache, [first] + [1] * (500 - first), attention_mask=mask).double()
     truth = model_truth(family, model, ids, mask, slopes=STEEP)
     assert largest(output[mask.bool()], truth[mask.bool()]) < 1e-4
@@ -614,7 +614,20 @@ def test_the_cache_keeps_sinks_of_padded_sequences(family, side):
 
 
 @pytest.mark.usefixtures("_small")
-def test_beams_and_taking_back_with_the_cache(family):
+def test_the_cache_drops_nothing_while_sinks_are_in_reach(family, monkeypatch):
+    """A sink that stood in front of the last tokens and among them would count twice."""
+    monkeypatch.setattr(cache_module, "_SETTLE", 4)
+    model, ids, cache = alibi_model(family, slopes=[0.9, 0.8, 0.7, 0.6]), tokens(2, 200), AlibiCache()
+    mask = torch.ones_like(ids)
+    mask[1, 2:80] = 0
+    output = step(model, ids, cache, [80] + [1] * 120, attention_mask=mask).double()
+    truth = model_truth(family, model, ids, mask, slopes=[0.9, 0.8, 0.7, 0.6])
+    assert largest(output[mask.bool()], truth[mask.bool()]) < 1e-4
+    assert all(store.front for one in cache.layers for store in one.stores)
+
+
+@pytest.mark.usefixtures("_small")
+def test_beams_with_the_cache(family):
     model, prompt = alibi_model(family, slopes=STEEP), tokens(2, 40)
     mask = torch.ones_like(prompt)
     mask[0, :9] = 0
@@ -630,14 +643,40 @@ def test_beams_and_taking_back_with_the_cache(family):
         ours = model.generate(prompt, past_key_values=cache, **common, **options)
         assert torch.equal(ours, model.generate(prompt, past_key_values=DynamicCache(), **common, **options))
         assert max(max(kept) for kept in cache.kept_tokens) < cache.get_seq_length()
-    ids, cache = tokens(1, 300), AlibiCache()
+
+
+@pytest.mark.usefixtures("_small")
+def test_taking_back_sinks(family):
+    """What was a sink is taken back, and padding comes in its place."""
+    model, ids, cache = alibi_model(family, slopes=STEEP), tokens(1, 250), AlibiCache()
+    mask = torch.ones_like(ids)
+    mask[:, 2:4] = 0
     step(model, torch.cat([ids[:, :2], tokens(1, 40, seed=9)], dim=1), cache, [1] * 42)
-    assert cache.layers[0].sinks is not None
+    assert cache.layers[0].sinks.tolist() == [[0, 1, 2, 3]]
     cache.crop(-40)
-    truth = model_truth(family, model, ids, slopes=STEEP)
-    assert largest(step(model, ids[:, 2:], cache, [1] * 298).double(), truth[:, 2:]) < 1e-4
+    truth = model_truth(family, model, ids, mask, slopes=STEEP)
+    for index in range(2, 250):
+        until = slice(0, index + 1)
+        output = logits(model, ids[:, index : index + 1], past_key_values=cache, attention_mask=mask[:, until])
+        assert not mask[0, index] or largest(output, truth[:, index : index + 1]) < 1e-4
+    assert all(store.front for one in cache.layers for store in one.stores)
     cache.crop(-1)
-    assert largest(step(model, ids[:, -1:], cache, [1]).double(), truth[:, -1:]) < 1e-4
+    output = logits(model, ids[:, -1:], past_key_values=cache, attention_mask=mask)
+    assert largest(output, truth[:, -1:]) < 1e-4
+
+
+@pytest.mark.usefixtures("_small")
+def test_batch_operations_on_the_cache(family):
+    """Sequences take their sinks along."""
+    model, ids, cache = alibi_model(family, slopes=STEEP), tokens(2, 201), AlibiCache()
+    mask = torch.ones_like(ids)
+    mask[1, :37] = 0
+    step(model, ids[:, :200], cache, [60] + [1] * 140, attention_mask=mask)
+    assert cache.layers[0].stores[0].front
+    truth = model_truth(family, model, ids, mask, slopes=STEEP)[:, -1:]
+    cache.reorder_cache(torch.tensor([1, 0]))
+    output = logits(model, ids[:, -1:].flip(0), past_key_values=cache, attention_mask=mask.flip(0))
+    assert largest(output.flip(0), truth) < 1e-4
 
 
 @pytest.mark.usefixtures("_small")
