@@ -15,7 +15,7 @@ from .installation import check_attention, check_family, install_alibi, undone_o
 from .modeling import model_class
 from .verification import verify_alibi
 
-__all__ = ["apply_alibi"]
+__all__ = ["apply_alibi", "checked_config"]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -47,12 +47,8 @@ def apply_alibi(model: Model, *, slopes: Sequence[float] | None = None, sink_tok
             f"apply_alibi takes a transformers PreTrainedModel, got {type(model).__name__}; "
             "wrappers such as PEFT's or torch.compile's come after it"
         )
-    check_sink_tokens(sink_tokens)
-    _check(model, sink_tokens)
     stock: Any = model.config
-    given = None if slopes is None else [float(slope) for slope in slopes]
-    check_slopes(given, num_heads(text_config(stock)))
-    config = alibi_config(stock, alibi_slopes=given, alibi_sink_tokens=sink_tokens)
+    config = checked_config(model, slopes=slopes, sink_tokens=sink_tokens)
     with undone_on_error(model):
         _replace_configs(model, {id(stock): config, id(text_config(stock)): text_config(config)})
         install_alibi(model, model_class)
@@ -79,8 +75,9 @@ def _prove(model: PreTrainedModel, model_type: str) -> None:
         ) from error
 
 
-def _check(model: PreTrainedModel, sink_tokens: int) -> None:
-    """Every check that can be made before anything is changed."""
+def checked_config(model: PreTrainedModel, *, slopes: Sequence[float] | None = None, sink_tokens: int = 0) -> Any:
+    """The config that `apply_alibi` gives `model`; raises what it does, as far as nothing has to be changed for it."""
+    check_sink_tokens(sink_tokens)
     stock: Any = model.config
     if is_alibi(stock):
         raise ValueError(f"{type(model).__name__} already has ALiBi; change config.alibi_slopes to change its slopes")
@@ -91,3 +88,6 @@ def _check(model: PreTrainedModel, sink_tokens: int) -> None:
         )
     check_attention(model)
     check_backend(text_config(stock)._attn_implementation, sink_tokens)
+    given = None if slopes is None else [float(slope) for slope in slopes]
+    check_slopes(given, num_heads(text_config(stock)))
+    return alibi_config(stock, alibi_slopes=given, alibi_sink_tokens=sink_tokens)

@@ -9,7 +9,15 @@ import datasets
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 import hf_alibi
 from hf_alibi import cli
@@ -142,6 +150,15 @@ def test_what_the_recipe_cannot_be_is_said_before_training(values, message):
     with pytest.raises(InputError, match=message):
         finetune(write(**values))
     assert not Path("run").exists()
+
+
+def test_sinks_that_a_model_cannot_carry_are_refused_before_the_recipe_begins(monkeypatch):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    save(MistralForCausalLM(MistralConfig(vocab_size=259, sliding_window=16, **sizes)), "sliding")
+    monkeypatch.setattr("hf_alibi.conversion.recipe.match_heads", lambda *args: pytest.fail("began"))
+    with pytest.raises(InputError, match=r"some self-attention layers of .* see only a part of the sequence"):
+        finetune(write(model_name_or_path="sliding", tokenizer_name="bytes", sink_tokens=1, match_tokens=64))
 
 
 def test_a_converted_model_is_not_converted_again():

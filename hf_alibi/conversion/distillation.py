@@ -7,11 +7,13 @@ training on the same tokens. It is the idea of LinearARD (arXiv 2604.00004), the
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
+from pathlib import Path
+from shutil import disk_usage
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
@@ -44,8 +46,11 @@ class LayerFit(NamedTuple):
     after: float
 
 
-def check_distillation(model: PreTrainedModel, input_ids: Tensor, batch_size: int) -> None:
-    """Raise ValueError where the layers of an unconverted `model` cannot be distilled on `input_ids`."""
+def check_distillation(model: PreTrainedModel, input_ids: Tensor, *, batch_size: int, folder: Path) -> None:
+    """Raise ValueError where the layers of an unconverted `model` cannot be distilled on `input_ids`.
+
+    `folder` is where they are to be recorded.
+    """
     if is_alibi(model.config):
         raise ValueError("attention distillation needs the unconverted model as its teacher; record before apply_alibi")
     if not any(is_rotary(positions) for _, _, positions in position_modules(model)):
@@ -60,34 +65,45 @@ def check_distillation(model: PreTrainedModel, input_ids: Tensor, batch_size: in
     layers = sum(1 for _ in self_attentions(model))
     width: int = text_config(model.config).hidden_size
     needed = 2 * blocks * tokens * width * layers * _RECORD_DTYPE.itemsize
-    available = psutil.virtual_memory().available
+    available = disk_usage(folder).free
     if needed > available:
         raise ValueError(
-            f"recording {layers} layers on {blocks * tokens:,} tokens takes {needed / 2**30:.1f} GiB of memory, and "
-            f"{available / 2**30:.1f} are free; distil on fewer tokens"
+            f"recording {layers} layers on {blocks * tokens:,} tokens takes {needed / 2**30:.1f} GiB, and {folder} has "
+            f"{available / 2**30:.1f} GiB left; distil on fewer tokens, or set TMPDIR to a folder with more room"
         )
 
 
 @torch.no_grad()
 def record_attention(
-    model: PreTrainedModel, input_ids: Tensor, *, batch_size: int, bf16: bool = False, progress: bool = False
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    *,
+    batch_size: int,
+    folder: Path,
+    bf16: bool = False,
+    progress: bool = False,
 ) -> list[AttentionRecord]:
-    """Inputs and outputs of each self-attention layer of an unconverted `model`, in order, in main memory.
+    """Inputs and outputs of each self-attention layer of an unconverted `model`, in order.
 
     Args:
         model: before `apply_alibi`.
-        input_ids: (blocks, tokens); takes 4 bytes a token, layer and unit of width.
+        input_ids: (blocks, tokens).
         batch_size: blocks in one forward pass.
+        folder: for files that stand behind the tensors, 4 bytes a token, layer and unit of width.
         bf16: compute in bfloat16 by autocast.
         progress: show a bar.
 
     Raises ValueError where `check_distillation` does.
     """
-    check_distillation(model, input_ids, batch_size)
+    check_distillation(model, input_ids, batch_size=batch_size, folder=folder)
     shape = (*input_ids.shape, text_config(model.config).hidden_size)
+
+    def file(name: str) -> Tensor:
+        return torch.from_file(str(folder / name), shared=True, size=math.prod(shape), dtype=_RECORD_DTYPE).view(shape)
+
     records = [
-        AttentionRecord(torch.empty(shape, dtype=_RECORD_DTYPE), torch.empty(shape, dtype=_RECORD_DTYPE))
-        for _ in self_attentions(model)
+        AttentionRecord(file(f"{index}.inputs"), file(f"{index}.outputs"))
+        for index, _ in enumerate(self_attentions(model))
     ]
     rows = slice(0, 0)
 
@@ -126,7 +142,7 @@ def distill_attention(
     Args:
         model: after `apply_alibi`, with the weights that it had when `records` were made.
         input_ids: (blocks, tokens), those of the records.
-        records: of `record_attention`, one a layer; emptied, so that memory is freed layer by layer.
+        records: of `record_attention`, one a layer.
         epochs: how often each block is seen.
         learning_rate: of AdamW, the highest of a cosine schedule.
         batch_size: blocks a step.
@@ -142,13 +158,13 @@ def distill_attention(
         calls = _calls(model, input_ids[:batch_size])
         _check_alone(calls, _calls(model, input_ids[-batch_size:]))
         fits = []
-        for name, layer in layers:
+        for (name, layer), record in zip(layers, records, strict=True):
             generator = torch.Generator().manual_seed(seed)
             fits.append(
                 _fit(
                     layer,
                     calls[name],
-                    records.pop(0),
+                    record,
                     epochs=epochs,
                     learning_rate=learning_rate,
                     batch_size=batch_size,

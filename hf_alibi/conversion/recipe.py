@@ -1,6 +1,8 @@
 """The recipe of a conversion: match heads, put ALiBi in, distil each attention layer. Training comes after it."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
@@ -8,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy import position_limit
 from ..errors import InputError
-from ..patching import apply_alibi
+from ..patching import apply_alibi, checked_config
 from .distillation import check_distillation, distill_attention, record_attention
 from .matching import match_heads
 
@@ -71,31 +73,36 @@ def convert_model(
     Returns what was done, for the metrics of a run. Raises ValueError where the model cannot be converted, or not like
     this; most reasons are found before anything is changed.
     """
-    done: dict[str, Any] = {}
+    checked_config(model, sink_tokens=recipe.sink_tokens)
+    matched = _first(blocks, recipe.match_tokens, "match_tokens")[:, : position_limit(model)]
     distilled = _first(blocks, recipe.distill_tokens, "distill_tokens")
-    if recipe.distill_tokens:
-        check_distillation(model, distilled, recipe.distill_batch_size)
-    if recipe.match_tokens:
-        matched = _first(blocks, recipe.match_tokens, "match_tokens")[:, : position_limit(model)]
-        done["head_order"] = match_heads(model, matched.to(model.device))
     batch_size = recipe.distill_batch_size
-    records = []
-    if recipe.distill_tokens:
-        records = record_attention(model, distilled, batch_size=batch_size, bf16=bf16, progress=progress)
-    apply_alibi(model, sink_tokens=recipe.sink_tokens)
-    if recipe.distill_tokens:
-        fits = distill_attention(
-            model,
-            distilled,
-            records,
-            epochs=recipe.distill_epochs,
-            learning_rate=recipe.distill_learning_rate,
-            batch_size=batch_size,
-            bf16=bf16,
-            seed=seed,
-            progress=progress,
-        )
-        done["attention_error"] = [{"before": fit.before, "after": fit.after} for fit in fits]
+    done: dict[str, Any] = {}
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        if recipe.distill_tokens:
+            check_distillation(model, distilled, batch_size=batch_size, folder=folder)
+        if recipe.match_tokens:
+            done["head_order"] = match_heads(model, matched.to(model.device))
+        records = []
+        if recipe.distill_tokens:
+            records = record_attention(
+                model, distilled, batch_size=batch_size, folder=folder, bf16=bf16, progress=progress
+            )
+        apply_alibi(model, sink_tokens=recipe.sink_tokens)
+        if recipe.distill_tokens:
+            fits = distill_attention(
+                model,
+                distilled,
+                records,
+                epochs=recipe.distill_epochs,
+                learning_rate=recipe.distill_learning_rate,
+                batch_size=batch_size,
+                bf16=bf16,
+                seed=seed,
+                progress=progress,
+            )
+            done["attention_error"] = [{"before": fit.before, "after": fit.after} for fit in fits]
     return done
 
 
