@@ -41,6 +41,9 @@ class ComparisonArguments:
     stride: int | None = field(
         default=None, metadata={"help": "Stride of the sliding window. Default: half the shortest length."}
     )
+    stride_share: float = field(
+        default=0.0, metadata={"help": "Share of the length that is the stride where it is more."}
+    )
     baselines: list[str] | None = field(
         default=None, metadata={"help": "What both are compared with besides, as for hf-alibi extrapolate."}
     )
@@ -87,6 +90,7 @@ def _convert(
         lengths=comparison.lengths,
         scored_tokens=comparison.scored_tokens,
         stride=comparison.stride,
+        stride_share=comparison.stride_share,
         baselines=comparison.baselines,
     )
     require_matplotlib()

@@ -24,6 +24,7 @@ from .windows import (
     check_protocol,
     non_overlapping_windows,
     sliding_windows,
+    stride_at,
 )
 
 __all__ = [
@@ -122,6 +123,7 @@ def evaluate_extrapolation(
     train_length: int,
     scored_tokens: int,
     stride: int,
+    stride_share: float = 0.0,
     num_bytes: int | None = None,
     name: str = "model",
     cropped: bool = False,
@@ -135,9 +137,10 @@ def evaluate_extrapolation(
     protocols, both reported:
 
     - `sliding`: a window of `length` tokens moves by `stride` and scores only its last `stride`
-      targets, so that every target sees `length - stride + 1` to `length` tokens.
+      targets, so that every target sees `length - stride + 1` to `length` tokens. Where `stride_share` of the
+      length is more than `stride`, that is its stride: long windows cost as much as their length squared.
     - `non_overlapping`: windows lie end to end and score all their targets, which see 1 to `length`
-      tokens.
+      tokens. Lengths above `scored_tokens` have no such windows.
 
     Why both: the first targets of a window have little to go by and are hard to predict (the early-token
     curse, Press et al. 2022, appendix B). Under `non_overlapping` longer windows leave fewer such
@@ -162,13 +165,23 @@ def evaluate_extrapolation(
     length will not fit in memory, and where a loss is not finite.
     """
     _check_model_and_tokens(model, tokens, name)
-    check_protocol(len(tokens), lengths=lengths, train_length=train_length, scored_tokens=scored_tokens, stride=stride)
+    check_protocol(
+        len(tokens),
+        lengths=lengths,
+        train_length=train_length,
+        scored_tokens=scored_tokens,
+        stride=stride,
+        stride_share=stride_share,
+    )
     limit = position_limit(model)
     runnable = [length for length in sorted(lengths) if limit is None or length <= limit]
     plan: dict[tuple[str, int], list[Window]] = {}
     for length in runnable:
-        plan[SLIDING, length] = sliding_windows(len(tokens), length=length, scored_tokens=scored_tokens, stride=stride)
-        plan[NON_OVERLAPPING, length] = non_overlapping_windows(len(tokens), length=length, scored_tokens=scored_tokens)
+        own = stride_at(length, stride, stride_share)
+        plan[SLIDING, length] = sliding_windows(len(tokens), length=length, scored_tokens=scored_tokens, stride=own)
+        if length <= scored_tokens:
+            windows = non_overlapping_windows(len(tokens), length=length, scored_tokens=scored_tokens)
+            plan[NON_OVERLAPPING, length] = windows
     losses = _plan_losses(model, tokens, plan, name=name, batch_tokens=batch_tokens, progress=progress)
 
     rows = []
@@ -176,6 +189,8 @@ def evaluate_extrapolation(
     for context in (FULL, CROPPED) if cropped else (FULL,):
         for protocol in PROTOCOLS:
             for length in sorted(lengths):
+                if protocol == NON_OVERLAPPING and length > scored_tokens:
+                    continue
                 read = min(length, train_length) if context == CROPPED else length
                 scored = losses.get((protocol, read))
                 if scored is not None:
@@ -194,10 +209,11 @@ def evaluate_extrapolation(
                         status=status,
                     )
                 )
-    if not runnable:
+    tiled = [length for protocol, length in losses if protocol == NON_OVERLAPPING]
+    if not tiled:
         return Extrapolation(rows, None, behind)
-    by_window = losses[NON_OVERLAPPING, runnable[-1]].double().view(-1, runnable[-1])
-    return Extrapolation(rows, PositionLoss(runnable[-1], len(by_window), by_window.mean(0).tolist()), behind)
+    by_window = losses[NON_OVERLAPPING, max(tiled)].double().view(-1, max(tiled))
+    return Extrapolation(rows, PositionLoss(max(tiled), len(by_window), by_window.mean(0).tolist()), behind)
 
 
 def _check_model_and_tokens(model: PreTrainedModel, tokens: Tensor, name: str) -> None:

@@ -24,7 +24,7 @@ from .comparisons import Key, with_intervals
 from .data import DataArguments, count_bytes, document_numbers, load_tokenizer, load_tokens
 from .errors import InputError
 from .evaluation import FULL, Extrapolation, evaluate_extrapolation
-from .lines import protocol_title, protocols
+from .lines import protocol_lengths, protocol_title, protocols
 from .memory import check_memory
 from .passkey import PasskeyProbe, PasskeyRow, PasskeyText, evaluate_passkey
 from .plots import loss_by_position, passkey_map, perplexity_by_length, require_matplotlib
@@ -53,6 +53,7 @@ class Protocol(NamedTuple):
     train_length: int
     scored_tokens: int
     stride: int
+    stride_share: float
 
 
 @dataclass(kw_only=True)
@@ -75,6 +76,10 @@ class ExtrapolateArguments:
     )
     stride: int | None = field(
         default=None, metadata={"help": "Stride of the sliding window. Default: half the shortest length."}
+    )
+    stride_share: float = field(
+        default=0.0,
+        metadata={"help": "Share of the length that is the stride where it is more; 0.0625 makes long windows cheap."},
     )
     attn_implementation: str | None = field(
         default=None,
@@ -146,6 +151,7 @@ class ExtrapolateArguments:
             train_length=self.train_length,
             scored_tokens=4 * math.lcm(*lengths) if self.scored_tokens is None else self.scored_tokens,
             stride=max(1, lengths[0] // 2) if self.stride is None else self.stride,
+            stride_share=self.stride_share,
         )
 
 
@@ -487,7 +493,7 @@ def _print(results: Results, paths: Sequence[Path], console: Console) -> None:
     """Print the perplexities, one table a protocol, the keys found, what it comes to, and where the files are."""
     for protocol in protocols(results):
         title = f"Perplexity. {protocol_title(results, protocol)}"
-        _print_table(console, title, results["settings"]["lengths"], table_rows(results, protocol, "perplexity"))
+        _print_table(console, title, protocol_lengths(results, protocol), table_rows(results, protocol, "perplexity"))
     if "passkey" in results:
         _print_table(console, "Passkeys found", results["passkey"]["lengths"], passkey_rows(results))
     for sentence in in_short(results):

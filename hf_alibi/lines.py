@@ -13,8 +13,10 @@ __all__ = [
     "line_name",
     "lines",
     "listed",
+    "protocol_lengths",
     "protocol_title",
     "protocols",
+    "stride_words",
     "times",
 ]
 
@@ -29,8 +31,19 @@ def protocols(results: Results) -> list[str]:
 def protocol_title(results: Results, protocol: str) -> str:
     """Name of a protocol with its stride."""
     if protocol == "sliding":
-        return f"Sliding window, stride {results['settings']['stride']}"
+        return f"Sliding window, {stride_words(results)}"
     return {"non_overlapping": "Non-overlapping windows"}.get(protocol, protocol)
+
+
+def stride_words(results: Results) -> str:
+    """The stride of the sliding window in words."""
+    share = results["settings"]["stride_share"]
+    return f"stride {results['settings']['stride']}" + (f" or {share:.3g} of the length" if share else "")
+
+
+def protocol_lengths(results: Results, protocol: str) -> list[int]:
+    """Lengths evaluated under a protocol."""
+    return sorted({row["length"] for row in results["rows"] if row["protocol"] == protocol})
 
 
 def lines(results: Results) -> list[tuple[str, str]]:

@@ -5,7 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from .html_page import html_page
-from .lines import format_interval, line, line_name, lines, listed, protocol_title, protocols, times
+from .lines import (
+    format_interval,
+    line,
+    line_name,
+    lines,
+    listed,
+    protocol_lengths,
+    protocol_title,
+    protocols,
+    stride_words,
+    times,
+)
 from .results import Results, replacing
 from .verdicts import in_short, passkey_statements, statements
 
@@ -20,8 +31,8 @@ _INTRODUCTION = (
 
 _PROTOCOLS = {
     "sliding": (
-        "Windows of the given length move by {stride} tokens and score only their last {stride} targets, "
-        "which have at most {before} tokens of context less than the length. A difference between two "
+        "Windows of the given length move by a stride of tokens and score only their last targets, as many, "
+        "which have less than a stride of context less than the length ({stride}). A difference between two "
         "lengths is what the model makes of the tokens further away."
     ),
     "non_overlapping": (
@@ -186,11 +197,12 @@ def _baselines(results: Results) -> Iterator[str]:
 
 def _protocol_section(results: Results, protocol: str) -> str:
     settings = results["settings"]
-    stride = settings["stride"]
-    lengths = [f"{length} ({times(length, settings['train_length'])})" for length in sorted(settings["lengths"])]
+    lengths = [
+        f"{length} ({times(length, settings['train_length'])})" for length in protocol_lengths(results, protocol)
+    ]
     parts = [
         f"## {protocol_title(results, protocol)}",
-        _PROTOCOLS.get(protocol, "").format(stride=stride, before=stride - 1),
+        _PROTOCOLS.get(protocol, "").format(stride=stride_words(results)),
     ]
     tables = (
         ("perplexity", "Perplexity per token (lower is better), in brackets its 95 % interval:", True),
@@ -225,7 +237,7 @@ def _position_text(results: Results) -> str:
     )
     return (
         "Mean loss of the targets with a given number of tokens before them, over the non-overlapping "
-        f"windows of the greatest length that a model runs at ({windows}). Few windows make the first "
+        f"windows of the greatest length that it was read in ({windows}). Few windows make the first "
         "positions noisy."
     )
 
@@ -240,7 +252,7 @@ def _environment(results: Results) -> str:
     return (
         f"Python {environment['python']}, {packages}; device: {environment['device']}; commit: {commit}. "
         f"Lengths {', '.join(map(str, settings['lengths']))}; {settings['scored_tokens']} tokens scored; "
-        f"stride {settings['stride']}. Intervals: {intervals['level']:.0%} percentile bootstrap, "
+        f"{stride_words(results)}. Intervals: {intervals['level']:.0%} percentile bootstrap, "
         f"{intervals['resamples']} resamples, {resampling}; ratios are paired, both perplexities being "
         "those of the same tokens. All numbers are in `results.json`, the perplexities in `results.csv` too."
     )

@@ -14,6 +14,7 @@ __all__ = [
     "check_protocol",
     "non_overlapping_windows",
     "sliding_windows",
+    "stride_at",
 ]
 
 SLIDING = "sliding"
@@ -37,6 +38,15 @@ class Window:
     def num_targets(self) -> int:
         """Number of scored tokens."""
         return self.start + self.length + 1 - self.first_target
+
+
+def stride_at(length: int, stride: int, stride_share: float) -> int:
+    """Stride of the sliding window at a length: `stride`, or that share of the length where it is more.
+
+    >>> stride_at(1024, 256, 1 / 16), stride_at(32768, 256, 1 / 16)
+    (256, 2048)
+    """
+    return max(stride, int(length * stride_share))
 
 
 def sliding_windows(num_tokens: int, *, length: int, scored_tokens: int, stride: int) -> list[Window]:
@@ -63,7 +73,13 @@ def non_overlapping_windows(num_tokens: int, *, length: int, scored_tokens: int)
 
 
 def check_protocol(
-    num_tokens: int, *, lengths: Sequence[int], train_length: int, scored_tokens: int, stride: int
+    num_tokens: int,
+    *,
+    lengths: Sequence[int],
+    train_length: int,
+    scored_tokens: int,
+    stride: int,
+    stride_share: float = 0.0,
 ) -> None:
     """Check that lengths, stride and number of tokens fit together; raises `InputError` where not."""
     if not lengths or min(lengths) < 1 or len(set(lengths)) != len(lengths):
@@ -74,17 +90,22 @@ def check_protocol(
         )
     if not 1 <= stride <= min(lengths):
         raise InputError(f"stride {stride} given; allowed: 1 to the smallest length, {min(lengths)}")
-    multiple = math.lcm(*lengths)
+    if not 0 <= stride_share < 1:
+        raise InputError(f"stride_share {stride_share} given; it is a share of the length, at least 0 and below 1")
+    # Windows longer than what is scored only slide.
+    tiling = [length for length in lengths if length <= max(scored_tokens, train_length)]
+    multiple = math.lcm(*tiling)
     if scored_tokens < 1 or scored_tokens % multiple:
         nearest = max(1, round(scored_tokens / multiple)) * multiple
         raise InputError(
-            f"scored_tokens {scored_tokens} given; windows of {', '.join(map(str, lengths))} tokens tile "
+            f"scored_tokens {scored_tokens} given; windows of {', '.join(map(str, tiling))} tokens tile "
             f"multiples of {multiple} only, so set it to {nearest}"
         )
-    before = max(lengths) - min(stride, scored_tokens) + 1
+    longest = max(lengths)
+    before = longest - min(stride_at(longest, stride, stride_share), scored_tokens) + 1
     if num_tokens < scored_tokens + before:
         raise InputError(
             f"the text has {num_tokens} tokens and {scored_tokens + before} are needed ({scored_tokens} "
-            f"scored and {before} before them as context of the longest length {max(lengths)}); "
+            f"scored and {before} before them as context of the longest length {longest}); "
             "give more text, fewer scored_tokens or shorter lengths"
         )

@@ -49,6 +49,7 @@ def made_up_results(lines, *, lengths, train_length=None, kinds=None, spread=0.0
             "train_length": train_length,
             "lengths": lengths,
             "stride": lengths[0] // 2,
+            "stride_share": 0.0,
             "scored_tokens": 8192,
             "text": "some text",
         },

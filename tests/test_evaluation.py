@@ -131,6 +131,23 @@ def test_every_scored_token_is_a_target_once_at_every_length(data):
         assert window.first_target - window.start == 1
 
 
+def test_a_share_of_the_length_is_the_stride_where_it_is_more():
+    model, stream = stock_model("llama"), tokens(110)
+    found = run(model, stream, stride=4, stride_share=0.5)
+    for length, stride in ((8, 4), (16, 8), (32, 16)):
+        expected = naive_losses(model, stream, SLIDING, length=length, scored=64, stride=stride).mean()
+        assert value(found, SLIDING, length) == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_windows_longer_than_what_is_scored_only_slide():
+    model, stream = stock_model("llama"), tokens(110)
+    found = run(model, stream, scored_tokens=16)
+    assert [row.length for row in found.rows if row.protocol == NON_OVERLAPPING] == [8, 16]
+    expected = naive_losses(model, stream, SLIDING, length=32, scored=16, stride=5).mean()
+    assert value(found, SLIDING, 32) == pytest.approx(float(expected), abs=1e-6)
+    assert found.position_loss.length == 16
+
+
 def test_a_stride_of_the_length_makes_the_protocols_one():
     options = {"length": 16, "scored_tokens": 64}
     assert sliding_windows(100, stride=16, **options) == non_overlapping_windows(100, **options)
@@ -286,8 +303,9 @@ def test_weights_still_to_be_loaded_count(monkeypatch):
         ({"train_length": 9}, r"train_length 9 is not among lengths \[8, 16, 32\]"),
         ({"stride": 9}, "stride 9 given; allowed: 1 to the smallest length, 8"),
         ({"stride": 0}, "stride 0 given"),
+        ({"stride_share": 1.5}, "stride_share 1.5 given; it is a share of the length"),
         ({"scored_tokens": 70}, "scored_tokens 70 given; .* multiples of 32 only, so set it to 64"),
-        ({"scored_tokens": 0}, "so set it to 32"),
+        ({"scored_tokens": 0}, "windows of 8 tokens tile multiples of 8 only, so set it to 8"),
         ({"lengths": (8, 12), "scored_tokens": 36}, "multiples of 24 only, so set it to 48"),
         ({"num_tokens": 91}, "the text has 91 tokens and 92 are needed .64 scored and 28 before"),
     ],

@@ -122,7 +122,7 @@ def test_results_hold_no_absolute_path(command, tmp_path):
 
 def test_defaults_reach_sixteen_times_the_training_length():
     args = extrapolation.ExtrapolateArguments(models={"a": "b"}, train_length=128, output_dir="out")
-    assert args.protocol() == ([128, 256, 512, 1024, 2048], 128, 8192, 64)
+    assert args.protocol() == ([128, 256, 512, 1024, 2048], 128, 8192, 64, 0.0)
 
 
 def test_cropped_baselines_can_be_chosen_and_left_out(command):
