@@ -44,6 +44,7 @@ def model_card(metrics: dict[str, Any]) -> str:
         "",
         f"- Started from: {base or 'random weights'}",
         f"- Attention: {_ATTENTION[config['attention']]}",
+        *_recipe(config),
         f"- Training data: {_data_name(config)}",
         f"- Training length: {config['block_size']} tokens; "
         f"{metrics['steps']:,} steps, {metrics['tokens_seen']:,} tokens",
@@ -63,6 +64,21 @@ def model_card(metrics: dict[str, Any]) -> str:
         "`config.yaml` holds every setting of the run, `metrics.json` every number.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _recipe(config: dict[str, Any]) -> list[str]:
+    """What was done before training, beside putting ALiBi in; no line where nothing was."""
+    parts = []
+    if config["match_tokens"]:
+        parts.append(f"heads matched to slopes on {config['match_tokens']:,} tokens")
+    if config["sink_tokens"]:
+        parts.append(f"no bias on the first {config['sink_tokens']} tokens of a sequence")
+    if config["distill_tokens"]:
+        times = config["distill_epochs"]
+        parts.append(
+            f"attention layers fitted to the unconverted ones on {config['distill_tokens']:,} tokens, {times} ×"
+        )
+    return [f"- Conversion: {'; '.join(parts)}"] if parts and config["attention"] == "alibi" else []
 
 
 def _public_name(source: str | None) -> tuple[str | None, bool]:
