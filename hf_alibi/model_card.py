@@ -72,12 +72,10 @@ def _recipe(config: dict[str, Any]) -> list[str]:
     if config["match_tokens"]:
         parts.append(f"heads matched to slopes on {config['match_tokens']:,} tokens")
     if config["sink_tokens"]:
-        parts.append(f"no bias on the first {config['sink_tokens']} tokens of a sequence")
+        parts.append(f"sink tokens without bias: {config['sink_tokens']}")
     if config["distill_tokens"]:
-        times = config["distill_epochs"]
-        parts.append(
-            f"attention layers fitted to the unconverted ones on {config['distill_tokens']:,} tokens, {times} ×"
-        )
+        passes = f"{config['distill_tokens']:,} tokens, {config['distill_epochs']} ×"
+        parts.append(f"attention layers fitted to the unconverted ones on {passes}")
     return [f"- Conversion: {'; '.join(parts)}"] if parts and config["attention"] == "alibi" else []
 
 

@@ -103,7 +103,7 @@ def test_one_call_converts_trains_and_compares():
     assert {row["length"] for row in result["evaluation"]["rows"]} == {32, 64}
     assert Path("run/evaluation/report.md").is_file()
     card = Path("run/README.md").read_text(encoding="utf-8")
-    assert "- Conversion: heads matched to slopes on 128 tokens; no bias on the first 1 tokens of a sequence; " in card
+    assert "- Conversion: heads matched to slopes on 128 tokens; sink tokens without bias: 1; " in card
     assert "attention layers fitted to the unconverted ones on 1,024 tokens, 1 ×" in card
     assert "Conversion:" not in Path("run/control/README.md").read_text(encoding="utf-8")
     saved = json.loads(Path("run/metrics.json").read_text())
