@@ -110,6 +110,11 @@ def train(
     given cannot be used, or the loss is no longer finite.
     """
     started = time.monotonic()
+    if data.passkey_block_size not in (None, args.block_size):
+        raise InputError(
+            f"passkey_block_size is {data.passkey_block_size} and block_size {args.block_size}, so blocks would cut "
+            "prompts; give both the same length"
+        )
     console = Console(quiet=training.process_index != 0, markup=False, highlight=False, soft_wrap=True)
     output_dir = Path(training.output_dir)
     if training.process_index == 0:

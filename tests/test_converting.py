@@ -148,6 +148,10 @@ def test_learned_positions_are_matched_within_their_table():
         ({"budget_tokens": 40}, "budget_tokens 40 are less than one step of 128 tokens"),
         ({"budget_tokens": 4}, "budget_tokens is 4, less than one block of 32 tokens"),
         ({"max_steps": 4}, "both budget_tokens and max_steps given"),
+        (
+            {"train_file": None, "dataset_name": "passkey", "passkey_block_size": 64},
+            "passkey_block_size is 64 and block_size 32, so blocks would cut prompts",
+        ),
     ],
 )
 def test_what_the_recipe_cannot_be_is_said_before_training(values, message):
