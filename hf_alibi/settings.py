@@ -20,6 +20,9 @@ __all__ = ["load_settings", "make_settings", "one_line", "read_yaml", "resolve_s
 # An action, a secret, a process number, a consequence of eval_strategy: not needed to repeat a run.
 _NOT_SAVED = frozenset({"resume_from_checkpoint", "hub_token", "local_rank", "do_eval"})
 
+# Where nothing but the CPU is there, using it was no choice, nor is what follows from it.
+_OF_THE_CPU = frozenset({"use_cpu", "dataloader_pin_memory"})
+
 
 class _Parser(HfArgumentParser):
     """The parser of transformers, raising where argparse would print its usage and leave the process."""
@@ -105,8 +108,7 @@ def resolve_settings(settings: Iterable[Any]) -> dict[str, Any]:
     Of TrainingArguments only the fields that differ from their defaults are kept, of other dataclasses all.
     """
     resolved: dict[str, Any] = {}
-    # Where nothing but the CPU is there, using it was no choice.
-    not_saved = _NOT_SAVED if torch.accelerator.is_available() else _NOT_SAVED | {"use_cpu"}
+    not_saved = _NOT_SAVED if torch.accelerator.is_available() else _NOT_SAVED | _OF_THE_CPU
     for instance in settings:
         defaults = _defaults(instance)
         for field in dataclasses.fields(instance):

@@ -164,6 +164,16 @@ def test_only_what_matters_is_saved(config, tmp_path):
     }
 
 
+def test_mixed_precision_needs_no_word_about_the_cpu(config, monkeypatch):
+    """transformers refuses bf16 without an accelerator unless it is told to use the CPU."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda *args, **kwargs: False)
+    settings = load_settings(CLASSES, [config(bf16=True)])
+    assert settings[1].bf16
+    assert settings[1].use_cpu
+    assert resolve_settings(settings)["bf16"] is True
+    assert not {"use_cpu", "dataloader_pin_memory"} & resolve_settings(settings).keys()
+
+
 def test_output_dir_is_kept_as_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("run.yaml").write_text("output_dir: runs/one\n")
