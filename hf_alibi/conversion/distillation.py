@@ -117,6 +117,7 @@ def record_attention(
         for record, (_, layer) in zip(records, self_attentions(model), strict=True):
             hooks.enter_context(layer.register_forward_hook(partial(keep, record), with_kwargs=True))
         advance = hooks.enter_context(progress_bar("recording attention", input_ids.numel(), shown=progress))
+        hooks.enter_context(evaluation_mode(model))
         hooks.enter_context(_autocast(model.device, bf16))
         for batch in input_ids.split(batch_size):
             rows = slice(rows.stop, rows.stop + len(batch))
@@ -268,8 +269,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _run(model: PreTrainedModel, batch: Tensor) -> None:
-    with evaluation_mode(model):
-        text_decoder(model)(input_ids=batch.to(model.device), use_cache=False)
+    text_decoder(model)(input_ids=batch.to(model.device), use_cache=False)
 
 
 def _autocast(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:
