@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from .conversion.recipe import ConversionArguments
 from .data import DataArguments
 from .errors import InputError
+from .lines import markdown_table
 from .plots import loss_by_row, require_matplotlib
 from .results import Results, environment, replacing, write_results
 from .settings import load_settings, make_settings, resolve_settings
@@ -101,12 +102,9 @@ def ablation(argv: Sequence[str]) -> Results:
 def ablation_table(results: Results) -> str:
     """The rows of an ablation as a table in Markdown: means over seeds, with the spread between them."""
     control = results["settings"]["control"]
-    lines = [
-        f"| row | held-out loss | perplexity | {f'/ {control}' if control else 'ratio'} | tokens | minutes |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in results["rows"]:
-        cells = [
+    header = ["row", "held-out loss", "perplexity", f"/ {control}" if control else "ratio", "tokens", "minutes"]
+    cells = [
+        [
             row["row"],
             _spread(row["nats_per_token"], row["nats_deviation"]),
             f"{row['perplexity']:.2f}",
@@ -114,10 +112,11 @@ def ablation_table(results: Results) -> str:
             f"{row['tokens']:,}",
             f"{row['minutes']:.1f}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        for row in results["rows"]
+    ]
     seeds = len({run["seed"] for run in results["runs"]})
-    lines += ["", f"Means over {seeds} seed{'s' if seeds > 1 else ''}, ± their standard deviation."]
-    return "\n".join(lines) + "\n"
+    note = f"Means over {seeds} seed{'s' if seeds > 1 else ''}, ± their standard deviation."
+    return f"{markdown_table(header, cells)}\n\n{note}\n"
 
 
 def _spread(mean: float | None, deviation: float | None) -> str:

@@ -13,6 +13,7 @@ __all__ = [
     "line_name",
     "lines",
     "listed",
+    "markdown_table",
     "protocol_lengths",
     "protocol_title",
     "protocols",
@@ -104,3 +105,10 @@ def listed(items: Sequence[object], last: str = "and") -> str:
     """
     *first, end = map(str, items)
     return f"{', '.join(first)} {last} {end}" if first else end
+
+
+def markdown_table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Format a Markdown table: the first column left, the others right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in cells]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *escaped))

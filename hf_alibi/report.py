@@ -11,6 +11,7 @@ from .lines import (
     line_name,
     lines,
     listed,
+    markdown_table,
     protocol_lengths,
     protocol_title,
     protocols,
@@ -178,7 +179,7 @@ def _compared(results: Results) -> str:
     text = settings.get("text")
     source = f" Text: {text}." if text else ""
     train_length = f" Training length: {settings['train_length']} tokens."
-    return f"{introduction}{source}{train_length}\n\n{_table(header, cells)}"
+    return f"{introduction}{source}{train_length}\n\n{markdown_table(header, cells)}"
 
 
 def _baselines(results: Results) -> Iterator[str]:
@@ -210,7 +211,7 @@ def _protocol_section(results: Results, protocol: str) -> str:
     )
     for value, title, intervals in tables:
         cells = [[name, *cells] for name, cells in table_rows(results, protocol, value, intervals=intervals)]
-        parts += [title, _table(["model", *lengths], cells)]
+        parts += [title, markdown_table(["model", *lengths], cells)]
     return "\n\n".join(parts)
 
 
@@ -225,7 +226,7 @@ def _passkey(results: Results) -> Iterator[str]:
     yield "## Passkey probe"
     yield _PASSKEY.format(cases=results["passkey"]["cases"])
     header = ["keys found", *map(str, results["passkey"]["lengths"])]
-    yield _table(header, [[name, *cells] for name, cells in passkey_rows(results)])
+    yield markdown_table(header, [[name, *cells] for name, cells in passkey_rows(results)])
     yield "![Share of keys found by depth and length, one panel a model](passkey.png)"
     yield _bullets(passkey_statements(results))
 
@@ -260,10 +261,3 @@ def _environment(results: Results) -> str:
 
 def _bullets(sentences: Iterator[str] | Sequence[str]) -> str:
     return "\n".join(f"- {sentence}" for sentence in sentences)
-
-
-def _table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """Format a Markdown table: the first column left, the others right."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in cells]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *escaped))
