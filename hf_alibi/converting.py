@@ -32,6 +32,10 @@ class ComparisonArguments:
         default=False,
         metadata={"help": "Train the unconverted model on the same text too, and compare with that."},
     )
+    control_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Its learning rate, the same for all weights. Default: that of the converted model."},
+    )
     lengths: list[int] | None = field(
         default=None, metadata={"help": "Evaluation lengths in tokens. Default: block_size x 1 2 4 8 16."}
     )
@@ -99,9 +103,11 @@ def _convert(
     # Training settles some of its arguments; the control starts from the same ones.
     of_control = copy.copy(training)
     of_control.output_dir = str(output_dir / _CONTROL)
+    of_control.learning_rate = comparison.control_learning_rate or training.learning_rate
     result: dict[str, Any] = {"training": train(args, recipe, data, training), "control": None}
     if comparison.control:
-        result["control"] = train(dataclasses.replace(args, attention="original"), recipe, data, of_control)
+        unconverted = dataclasses.replace(args, attention="original", mlp_rate_scale=1.0, embedding_rate_scale=1.0)
+        result["control"] = train(unconverted, recipe, data, of_control)
     result["evaluation"] = compare(evaluation, data)
     return result
 
@@ -117,6 +123,8 @@ def cost(result: Mapping[str, Any]) -> str:
         if entry["length"] == entry["against_length"] == length
         and all(entry[name] == value for name, value in at_length.items())
     ]
-    other = "the unconverted model, untrained" if result["control"] is None else "the unconverted model, trained alike"
+    how = "untrained" if result["control"] is None else "trained on the same tokens"
     ratio, low, high = (found[name] for name in ("ratio", "ratio_low", "ratio_high"))
-    return f"perplexity at {length} tokens: {ratio:.3f} [{low:.3f}, {high:.3f}] times that of {other}"
+    return (
+        f"perplexity at {length} tokens: {ratio:.3f} [{low:.3f}, {high:.3f}] times that of the unconverted model, {how}"
+    )

@@ -1,10 +1,11 @@
 """transformers' Trainer as this package runs it: it stops where a number is not finite, and prints one line a log."""
 
 import math
-from typing import Any
+from collections import defaultdict
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -17,10 +18,22 @@ from transformers import (
     default_data_collator,
 )
 
+from .anatomy import self_attentions
 from .data import TokenBlocks
 from .errors import InputError
 
-__all__ = ["check_weights", "make_trainer"]
+__all__ = ["RateScales", "check_weights", "make_trainer"]
+
+
+class RateScales(NamedTuple):
+    """Learning rates as shares of that of self-attention; 0 freezes.
+
+    A converted model has new attention and old everything else: what it knows is forgotten at a rate at which
+    attention learns.
+    """
+
+    mlp: float = 1.0  # and norms: whatever is neither self-attention nor embedding
+    embeddings: float = 1.0  # input and output
 
 
 def make_trainer(
@@ -29,13 +42,21 @@ def make_trainer(
     training: TrainingArguments,
     train_blocks: TokenBlocks,
     eval_blocks: TokenBlocks | None,
+    rate_scales: RateScales,
 ) -> Trainer:
-    """Trainer over blocks that stops at the first loss or weight that is not finite."""
+    """Trainer over blocks that stops at the first loss or weight that is not finite.
+
+    Weights whose rate scale is 0 are frozen.
+    """
+    scales = _scale_by_weight(model, rate_scales)
+    for parameter, scale in scales.items():
+        parameter.requires_grad_(scale > 0)
     training.logging_nan_inf_filter = False  # it would hide what FiniteLossTrainer looks for
     training.include_num_input_tokens_seen = "all"
     if training.device.type == "cpu":
         training.dataloader_pin_memory = False  # memory is pinned for a GPU; without one torch warns
-    trainer = FiniteLossTrainer(
+    trainer = AlibiTrainer(
+        scales,
         model=model,
         args=training,
         train_dataset=train_blocks,
@@ -50,14 +71,41 @@ def make_trainer(
     return trainer
 
 
-class FiniteLossTrainer(Trainer):
-    """Trainer that stops at the first loss that is not finite, before the weights take the step."""
+class AlibiTrainer(Trainer):
+    """Trainer with rate scales that stops at the first loss that is not finite, before the weights take the step."""
+
+    def __init__(self, scales: dict[nn.Parameter, float], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._scales = scales
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        groups = list(optimizer.param_groups)
+        optimizer.param_groups.clear()
+        for group in groups:
+            by_scale = defaultdict(list)
+            for parameter in group["params"]:
+                by_scale[self._scales[parameter]].append(parameter)
+            # Trainer logs the rate of the first group: the one of self-attention.
+            for scale, parameters in sorted(by_scale.items(), key=lambda item: item[0] != 1.0):
+                optimizer.add_param_group({**group, "params": parameters, "lr": group["lr"] * scale})
+        return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss).all():
             raise _non_finite(f"the training loss is {loss.item()} at step {self.state.global_step + 1}")
         return loss
+
+
+def _scale_by_weight(model: PreTrainedModel, rate_scales: RateScales) -> dict[nn.Parameter, float]:
+    scales = dict.fromkeys(model.parameters(), rate_scales.mlp)
+    for _, layer in self_attentions(model):
+        scales |= dict.fromkeys(layer.parameters(), 1.0)
+    for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if embeddings is not None:
+            scales |= dict.fromkeys(embeddings.parameters(), rate_scales.embeddings)
+    return scales
 
 
 class _CheckpointGuard(TrainerCallback):
@@ -100,7 +148,7 @@ class _Progress(ProgressCallback):
             self.training_bar.write(f"step {state.global_step}: {', '.join(shown)}")
 
 
-def check_weights(model: torch.nn.Module) -> None:
+def check_weights(model: nn.Module) -> None:
     """Raise InputError where a weight is NaN or infinite."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():

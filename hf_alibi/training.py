@@ -42,7 +42,7 @@ from .model_card import model_card
 from .patching import apply_alibi
 from .results import check_output_dir, environment, replacing
 from .settings import load_settings, one_line, resolve_settings, save_settings
-from .trainer import check_weights, make_trainer
+from .trainer import RateScales, check_weights, make_trainer
 from .verification import verify_alibi
 
 __all__ = ["FinetuneArguments", "finetune", "load_model", "train"]
@@ -72,6 +72,15 @@ class FinetuneArguments:
     budget_tokens: int | None = field(
         default=None, metadata={"help": "Training tokens in all, instead of max_steps or num_train_epochs."}
     )
+    mlp_rate_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of learning_rate for all but self-attention and embeddings: MLPs, norms. 0 freezes them."
+        },
+    )
+    embedding_rate_scale: float = field(
+        default=1.0, metadata={"help": "Share of learning_rate for input and output embeddings. 0 freezes them."}
+    )
     attn_implementation: str | None = field(
         default=None,
         metadata={"help": "Attention backend, such as eager or sdpa. Default: the library's choice."},
@@ -91,6 +100,9 @@ class FinetuneArguments:
             raise InputError(f"block_size is {self.block_size}; it must be at least 2, one token to predict the next")
         if self.budget_tokens is not None and self.budget_tokens < self.block_size:
             raise InputError(f"budget_tokens is {self.budget_tokens}, less than one block of {self.block_size} tokens")
+        for name in ("mlp_rate_scale", "embedding_rate_scale"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0, which freezes these weights")
 
 
 def finetune(argv: Sequence[str]) -> dict[str, Any]:
@@ -141,7 +153,8 @@ def train(
     config = resolve_settings((args, recipe, data, training))
     if max_steps is not None:
         training.max_steps = max_steps
-    trainer = make_trainer(model, tokenizer, training, train_blocks, eval_blocks)
+    rate_scales = RateScales(mlp=args.mlp_rate_scale, embeddings=args.embedding_rate_scale)
+    trainer = make_trainer(model, tokenizer, training, train_blocks, eval_blocks, rate_scales)
     _run(trainer, checkpoint)
     eval_loss = _final_eval_loss(trainer) if eval_blocks is not None else None
     check_weights(model)

@@ -93,7 +93,7 @@ def test_one_call_converts_trains_and_compares():
     }
     ratio = perplexity["alibi"] / perplexity["original"]
     assert cost(result).startswith(f"perplexity at {BLOCK} tokens: {ratio:.3f} [")
-    assert cost(result).endswith("times that of the unconverted model, trained alike")
+    assert cost(result).endswith("times that of the unconverted model, trained on the same tokens")
 
     model = AutoModelForCausalLM.from_pretrained("run")
     assert isinstance(model, hf_alibi.AlibiLlamaForCausalLM)
@@ -108,6 +108,14 @@ def test_one_call_converts_trains_and_compares():
     assert "Conversion:" not in Path("run/control/README.md").read_text(encoding="utf-8")
     saved = json.loads(Path("run/metrics.json").read_text())
     assert saved["config"]["distill_tokens"] == RECIPE["distill_tokens"]
+
+
+def test_the_control_has_a_rate_of_its_own_for_all_weights():
+    scales = {"mlp_rate_scale": 0.5, "embedding_rate_scale": 0.0}
+    convert(SETTINGS, **COMPARISON, **scales, control=True, control_learning_rate=2e-4)
+    names = ("learning_rate", "mlp_rate_scale", "embedding_rate_scale")
+    configs = [yaml.safe_load(Path(folder, "config.yaml").read_text()) for folder in ("run", "run/control")]
+    assert [[config[name] for name in names] for config in configs] == [[1e-3, 0.5, 0.0], [2e-4, 1.0, 1.0]]
 
 
 def test_without_a_control_the_untouched_model_is_compared():
@@ -195,7 +203,7 @@ def test_unknown_fields_are_named():
 
 def test_the_command_says_what_it_cost(capsys):
     assert cli.main(["convert", *write(**COMPARISON), "--control", "true"]) == 0
-    assert "times that of the unconverted model, trained alike" in capsys.readouterr().out
+    assert "times that of the unconverted model, trained on the same tokens" in capsys.readouterr().out
     assert Path("run/loss.png").is_file()
     assert Path("run/control/loss.png").is_file()
 

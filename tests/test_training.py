@@ -195,6 +195,27 @@ def test_converted_model_is_trained_further_at_another_length():
     assert AutoModelForCausalLM.from_pretrained("longer").config.alibi_train_length == 2 * BLOCK
 
 
+@pytest.mark.parametrize("attention", ["alibi", "original"])
+@pytest.mark.parametrize(("mlp", "embedding"), [(1.0, 1.0), (0.5, 0.25), (0.5, 0.0), (0.0, 2.0)])
+def test_rate_scales_are_the_size_of_a_step(attention, mlp, embedding):
+    # Adam's first step is as long as the rate in every weight that has a gradient.
+    save_llama("base")
+    rate = 2e-3
+    scales = {"mlp_rate_scale": mlp, "embedding_rate_scale": embedding}
+    one_step = {"max_steps": 1, "learning_rate": rate, "warmup_steps": 0, "weight_decay": 0.1}
+    start = {"model_config": None, "model_name_or_path": "base", "tokenizer_name": "bytes", "attention": attention}
+    metrics = finetune(arguments(**start, **one_step, **scales))
+    before, after = weights("base"), weights("run")
+    assert metrics["config"]["mlp_rate_scale"] == mlp
+    for name, weight in before.items():
+        scale = 1.0 if "self_attn" in name else embedding if "embed" in name or "lm_head" in name else mlp
+        if scale == 0:
+            assert torch.equal(after[name], weight), name
+        else:
+            decay = 0.1 * rate * scale * weight.abs().max().item()
+            assert (after[name] - weight).abs().max().item() == pytest.approx(rate * scale, abs=1e-5 + decay), name
+
+
 def test_no_held_out_text():
     metrics = finetune(arguments(validation_fraction=0.0, eval_strategy="no", max_steps=2))
     assert metrics["eval_loss"] is None
@@ -311,6 +332,8 @@ def _with_callback(init, callback):
         ({"block_size": 10_000}, "the training text has .* tokens, too few"),
         ({"block_size": 1000}, "the held-out text has .* tokens, too few"),
         ({"attention": "original", "block_size": 2 * BLOCK}, f"beyond the model's {BLOCK} learned positions"),
+        ({"mlp_rate_scale": -0.1}, r"mlp_rate_scale is -0\.1; it must be at least 0"),
+        ({"embedding_rate_scale": float("inf")}, "embedding_rate_scale is inf"),
         ({"attention": "rope"}, "invalid choice: 'rope'"),
         ({"train_file": ["gone.txt"]}, r"no file gone\.txt"),
         ({"learning_rat": 1}, "unknown field 'learning_rat'"),
