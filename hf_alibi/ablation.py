@@ -19,12 +19,11 @@ from .lines import markdown_table
 from .plots import loss_by_row, require_matplotlib
 from .results import Results, environment, replacing, write_results
 from .settings import load_settings, make_settings, resolve_settings
-from .training import FinetuneArguments, train
+from .training import METRICS_FILE, FinetuneArguments, train
 
 __all__ = ["AblationArguments", "ablation"]
 
 _RUN = (FinetuneArguments, ConversionArguments, DataArguments, TrainingArguments)
-_METRICS_FILE = "metrics.json"
 _WEIGHTS = "*.safetensors"
 
 
@@ -127,7 +126,7 @@ def _spread(mean: float | None, deviation: float | None) -> str:
 
 def _metrics(folder: Path, settings: tuple[Any, ...]) -> Mapping[str, Any]:
     """Metrics of a run, which is done now if it was not yet."""
-    file = folder / _METRICS_FILE
+    file = folder / METRICS_FILE
     if not file.is_file():
         metrics = train(*settings)
         for weights in folder.rglob(_WEIGHTS):

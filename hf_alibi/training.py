@@ -45,10 +45,11 @@ from .settings import load_settings, one_line, resolve_settings, save_settings
 from .trainer import RateScales, check_weights, make_trainer
 from .verification import verify_alibi
 
-__all__ = ["FinetuneArguments", "finetune", "load_model", "train"]
+__all__ = ["METRICS_FILE", "FinetuneArguments", "finetune", "load_model", "train"]
+
+METRICS_FILE = "metrics.json"
 
 _CONFIG_FILE = "config.yaml"
-_METRICS_FILE = "metrics.json"
 _CARD_FILE = "README.md"
 _MAX_NATS = 709.0  # exp of more overflows a float
 
@@ -171,7 +172,7 @@ def train(
     if trainer.is_world_process_zero():
         # Trainer's pickle of its arguments names this machine's folders; config.yaml says the same without.
         (output_dir / "training_args.bin").unlink(missing_ok=True)
-        with replacing(output_dir / _METRICS_FILE) as path:
+        with replacing(output_dir / METRICS_FILE) as path:
             path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         with replacing(output_dir / _CARD_FILE) as path:
             path.write_text(model_card(metrics), encoding="utf-8")

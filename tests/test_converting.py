@@ -3,9 +3,7 @@
 import json
 import math
 from pathlib import Path
-from pydoc_data.topics import topics
 
-import datasets
 import pytest
 import torch
 import yaml
@@ -46,21 +44,9 @@ RECIPE = {"match_tokens": 4 * BLOCK, "sink_tokens": 1, "distill_tokens": 32 * BL
 COMPARISON = {"lengths": [32, 64], "scored_tokens": 128, "stride": 16}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    """A folder with a text and an unconverted LLaMA in it, and no network."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text("\n".join(topics[name] for name in sorted(topics))[:6000])
+def stock(one_thread, workplace):
+    """An unconverted LLaMA beside the text."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
     save(LlamaForCausalLM(LlamaConfig(vocab_size=259, num_key_value_heads=2, initializer_range=0.2, **sizes)), "stock")

@@ -7,9 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from pydoc_data.topics import topics
 
-import datasets
 import pytest
 import torch
 import yaml
@@ -30,6 +28,8 @@ from hf_alibi.errors import InputError
 from hf_alibi.settings import read_yaml
 from hf_alibi.training import finetune
 
+pytestmark = pytest.mark.usefixtures("one_thread", "workplace")
+
 BLOCK = 32
 VOCABULARY = 259
 FRESH = {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": BLOCK}
@@ -48,25 +48,6 @@ SETTINGS = {
     "save_steps": 4,
     "disable_tqdm": True,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors gain nothing from threads, and a busy machine makes them wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    """Give each test a folder of its own with a text in it, an empty cache, and no network."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text("\n".join(topics[name] for name in sorted(topics))[:6000])
-    return tmp_path
 
 
 def arguments(**values):
