@@ -65,7 +65,7 @@ def ablation(argv: Sequence[str]) -> Results:
     require_matplotlib()
     values = resolve_settings(shared)
     output_dir = Path(values["output_dir"])
-    runs = {(name, seed): output_dir / _folder_name(name) / f"seed-{seed}" for name in args.rows for seed in args.seeds}
+    runs = {(name, seed): output_dir / _folder_name(name) / f"seed-{seed}" for seed in args.seeds for name in args.rows}
     if len(set(runs.values())) < len(runs):
         raise InputError(f"rows {', '.join(args.rows)} and seeds {args.seeds} do not have folders of their own; rename")
     settings = {

@@ -75,7 +75,7 @@ def _recipe(config: dict[str, Any]) -> list[str]:
         parts.append(f"sink tokens without bias: {config['sink_tokens']}")
     if config["distill_tokens"]:
         passes = f"{config['distill_tokens']:,} tokens, {config['distill_epochs']} ×"
-        parts.append(f"attention layers fitted to the unconverted ones on {passes}")
+        parts.append(f"attention fitted to the unconverted layers on {passes}")
     return [f"- Conversion: {'; '.join(parts)}"] if parts and config["attention"] == "alibi" else []
 
 

@@ -69,7 +69,7 @@ def test_one_call_converts_trains_and_compares():
     assert (training["steps"], training["tokens_seen"]) == (6, 6 * 4 * BLOCK)
     assert (control["steps"], control["tokens_seen"]) == (6, 6 * 4 * BLOCK)
     assert [sorted(order) for order in training["conversion"]["head_order"]] == [[0, 1, 2, 3]] * 2
-    assert len(training["conversion"]["attention_error"]) == 2
+    assert len(training["conversion"]["layer_error"]) == 2
     assert control["conversion"] == {}
     assert control["config"]["attention"] == "original"
     perplexity = {
@@ -90,7 +90,7 @@ def test_one_call_converts_trains_and_compares():
     assert Path("run/evaluation/report.md").is_file()
     card = Path("run/README.md").read_text(encoding="utf-8")
     assert "- Conversion: heads matched to slopes on 128 tokens; sink tokens without bias: 1; " in card
-    assert "attention layers fitted to the unconverted ones on 1,024 tokens, 1 ×" in card
+    assert "attention fitted to the unconverted layers on 1,024 tokens, 1 ×" in card
     assert "Conversion:" not in Path("run/control/README.md").read_text(encoding="utf-8")
     saved = json.loads(Path("run/metrics.json").read_text())
     assert saved["config"]["distill_tokens"] == RECIPE["distill_tokens"]

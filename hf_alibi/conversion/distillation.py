@@ -1,135 +1,56 @@
-"""Attention distillation: each self-attention layer learns, by itself, what it gave with the old positions.
+"""Layer distillation: the attention of each converted layer learns what the unconverted layer gave.
 
-The inputs and outputs of each self-attention layer of the unconverted model are recorded on some text. Then each
-converted layer is fitted to them by itself: a small regression without the rest of the model, which costs a fraction of
-training on the same tokens. It is the idea of LinearARD (arXiv 2604.00004), there for scaled rotary positions.
+Both models read the same text, layer by layer. Each converted layer is fitted, through its attention alone, so that
+from the hidden states of the converted model comes what the unconverted layer makes of its own: what layers before it
+could not learn, it can make good. A small regression for each layer, without the rest of the model and without labels,
+costs a fraction of training on the same tokens. LinearARD (arXiv 2604.00004) is akin, for scaled rotary positions.
 """
 
 from __future__ import annotations
 
-import math
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, suppress
 from functools import partial
-from pathlib import Path
-from shutil import disk_usage
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-from ..anatomy import is_alibi, is_rotary, position_modules, self_attentions, text_decoder
-from ..configuration import text_config
+from ..anatomy import is_alibi, self_attentions, text_decoder
 from ..modes import evaluation_mode
 from ..progress import progress_bar
 
-__all__ = ["AttentionRecord", "LayerFit", "check_distillation", "distill_attention", "record_attention"]
+__all__ = ["LayerFit", "check_distillation", "distill_layers"]
 
-# What is recorded is kept in bfloat16: its rounding is far below any error that a fit leaves.
-_RECORD_DTYPE = torch.bfloat16
 # One block of so many is not fitted to and tells how good the fit is.
 _HELD_OUT = 16
 _WARMUP_STEPS = 10
-
-
-class AttentionRecord(NamedTuple):
-    """Inputs and outputs of one self-attention layer of the unconverted model, each (blocks, tokens, width)."""
-
-    inputs: Tensor
-    outputs: Tensor
+_LEAST_DEVIATION = 1e-6  # of a channel that is always the same
 
 
 class LayerFit(NamedTuple):
-    """Squared error of a converted layer, as a share of its target's, on blocks that it was not fitted to."""
+    """Squared error of a converted layer on blocks that it was not fitted to; 1 is what the mean would give."""
 
     before: float
     after: float
 
 
-def check_distillation(model: PreTrainedModel, input_ids: Tensor, *, batch_size: int, folder: Path) -> None:
-    """Raise ValueError where the layers of an unconverted `model` cannot be distilled on `input_ids`.
-
-    `folder` is where they are to be recorded.
-    """
+def check_distillation(model: PreTrainedModel, input_ids: Tensor, *, batch_size: int) -> None:
+    """Raise ValueError where the layers of an unconverted `model` cannot be distilled on `input_ids`."""
     if is_alibi(model.config):
-        raise ValueError("attention distillation needs the unconverted model as its teacher; record before apply_alibi")
-    if not any(is_rotary(positions) for _, _, positions in position_modules(model)):
-        raise ValueError(
-            f"{type(model).__name__} adds positions to its embeddings, so its layers' inputs hold what the converted "
-            "model will not have; attention distillation is for rotary positions"
-        )
-    blocks, tokens = input_ids.shape
+        raise ValueError("layer distillation needs the unconverted model as its teacher; copy it before apply_alibi")
     least = max(2 * batch_size, _HELD_OUT)
-    if blocks < least:
-        raise ValueError(f"attention distillation was given {blocks} blocks of text and needs at least {least}")
-    layers = sum(1 for _ in self_attentions(model))
-    width: int = text_config(model.config).hidden_size
-    needed = 2 * blocks * tokens * width * layers * _RECORD_DTYPE.itemsize
-    available = disk_usage(folder).free
-    if needed > available:
-        raise ValueError(
-            f"recording {layers} layers on {blocks * tokens:,} tokens takes {needed / 2**30:.1f} GiB, and {folder} has "
-            f"{available / 2**30:.1f} GiB left; distil on fewer tokens, or set TMPDIR to a folder with more room"
-        )
+    if len(input_ids) < least:
+        raise ValueError(f"layer distillation was given {len(input_ids)} blocks of text and needs at least {least}")
+    # What a layer reads besides its hidden states must be the same for all texts.
+    with evaluation_mode(model):
+        _calls(model, input_ids, batch_size, bf16=False)
 
 
-@torch.no_grad()
-def record_attention(
+def distill_layers(
     model: PreTrainedModel,
+    teacher: PreTrainedModel,
     input_ids: Tensor,
-    *,
-    batch_size: int,
-    folder: Path,
-    bf16: bool = False,
-    progress: bool = False,
-) -> list[AttentionRecord]:
-    """Inputs and outputs of each self-attention layer of an unconverted `model`, in order.
-
-    Args:
-        model: before `apply_alibi`.
-        input_ids: (blocks, tokens).
-        batch_size: blocks in one forward pass.
-        folder: for files that stand behind the tensors, 4 bytes a token, layer and unit of width.
-        bf16: compute in bfloat16 by autocast.
-        progress: show a bar.
-
-    Raises ValueError where `check_distillation` does.
-    """
-    check_distillation(model, input_ids, batch_size=batch_size, folder=folder)
-    shape = (*input_ids.shape, text_config(model.config).hidden_size)
-
-    def file(name: str) -> Tensor:
-        return torch.from_file(str(folder / name), shared=True, size=math.prod(shape), dtype=_RECORD_DTYPE).view(shape)
-
-    records = [
-        AttentionRecord(file(f"{index}.inputs"), file(f"{index}.outputs"))
-        for index, _ in enumerate(self_attentions(model))
-    ]
-    rows = slice(0, 0)
-
-    def keep(
-        record: AttentionRecord, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        record.inputs[rows] = _hidden_states(args, kwargs).to("cpu", _RECORD_DTYPE)
-        record.outputs[rows] = _output(output).to("cpu", _RECORD_DTYPE)
-
-    with ExitStack() as hooks:
-        for record, (_, layer) in zip(records, self_attentions(model), strict=True):
-            hooks.enter_context(layer.register_forward_hook(partial(keep, record), with_kwargs=True))
-        advance = hooks.enter_context(progress_bar("recording attention", input_ids.numel(), shown=progress))
-        hooks.enter_context(evaluation_mode(model))
-        hooks.enter_context(_autocast(model.device, bf16))
-        for batch in input_ids.split(batch_size):
-            rows = slice(rows.stop, rows.stop + len(batch))
-            _run(model, batch)
-            advance(batch.numel())
-    return records
-
-
-def distill_attention(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    records: list[AttentionRecord],
     *,
     epochs: int,
     learning_rate: float,
@@ -138,12 +59,12 @@ def distill_attention(
     seed: int = 0,
     progress: bool = False,
 ) -> list[LayerFit]:
-    """Fit each self-attention layer of the converted `model` to what was recorded before, in place.
+    """Fit the attention of each layer of the converted `model` to the unconverted `teacher`, in place.
 
     Args:
-        model: after `apply_alibi`, with the weights that it had when `records` were made.
-        input_ids: (blocks, tokens), those of the records.
-        records: of `record_attention`, one a layer.
+        model: after `apply_alibi`.
+        teacher: a copy of it from before.
+        input_ids: (blocks, tokens); blocks that do not fill a batch are left out.
         epochs: how often each block is seen.
         learning_rate: of AdamW, the highest of a cosine schedule.
         batch_size: blocks a step.
@@ -151,70 +72,76 @@ def distill_attention(
         seed: of the order of blocks.
         progress: show a bar.
 
-    Returns the error of each layer before and after. Raises ValueError where a layer's attention reads more of the
-    text than its hidden states, so that it cannot be run by itself.
+    Hidden states of all `input_ids` are kept twice, on the CPU. Returns the error of each layer with attention, before
+    and after. Raises ValueError where `check_distillation` does.
     """
-    layers = list(self_attentions(model))
-    with evaluation_mode(model), progress_bar("distilling attention", len(layers), shown=progress) as advance:
-        calls = _calls(model, input_ids[:batch_size])
-        _check_alone(calls, _calls(model, input_ids[-batch_size:]))
-        fits = []
-        for (name, layer), record in zip(layers, records, strict=True):
-            generator = torch.Generator().manual_seed(seed)
-            fits.append(
-                _fit(
-                    layer,
-                    calls[name],
-                    record,
-                    epochs=epochs,
-                    learning_rate=learning_rate,
-                    batch_size=batch_size,
-                    bf16=bf16,
-                    generator=generator,
-                )
-            )
-            advance(1)
+    check_distillation(teacher, input_ids, batch_size=batch_size)
+    input_ids = input_ids[: len(input_ids) // batch_size * batch_size]
+    fits = []
+    with evaluation_mode(model), evaluation_mode(teacher):
+        ours, theirs = _calls(model, input_ids, batch_size, bf16), _calls(teacher, input_ids, batch_size, bf16)
+        states, targets = _embedded(model, ours[0], input_ids), _embedded(teacher, theirs[0], input_ids)
+        with progress_bar("distilling layers", len(ours), shown=progress) as advance:
+            for call, of_teacher in zip(ours, theirs, strict=True):
+                of_teacher.advance(targets)
+                parameters = _attention_parameters(model, call.layer)
+                if parameters:
+                    generator = torch.Generator().manual_seed(seed)
+                    fits.append(_fit(call, parameters, states, targets, epochs, learning_rate, generator))
+                call.advance(states)
+                advance(1)
     return fits
 
 
 class _Call(NamedTuple):
-    """How a model calls one of its self-attention layers on a batch of blocks, but for the hidden states."""
+    """A decoder layer, and how its model calls it on a batch of blocks but for the hidden states."""
 
+    layer: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    batch_size: int
+    bf16: bool
 
-    def __call__(self, layer: nn.Module, hidden_states: Tensor) -> Tensor:
-        if self.args:
-            return _output(layer(hidden_states, *self.args[1:], **self.kwargs))
-        return _output(layer(**{**self.kwargs, "hidden_states": hidden_states}))
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """Hidden states (blocks, tokens, width) of a batch after the layer."""
+        weight = next(self.layer.parameters())
+        hidden_states = hidden_states.to(weight.device)
+        # Autocast keeps what it has cast until it ends, and weights change from call to call.
+        with torch.autocast(weight.device.type, torch.bfloat16, enabled=self.bf16):
+            if self.args:
+                return _output(self.layer(hidden_states, *self.args[1:], **self.kwargs))
+            return _output(self.layer(**{**self.kwargs, "hidden_states": hidden_states}))
+
+    @torch.no_grad()
+    def advance(self, states: Tensor) -> None:
+        """Replace hidden states of all blocks before the layer by those after it."""
+        for batch in states.split(self.batch_size):
+            batch.copy_(self(batch))
 
 
 def _fit(
-    layer: nn.Module,
     call: _Call,
-    record: AttentionRecord,
-    *,
+    parameters: list[nn.Parameter],
+    states: Tensor,
+    targets: Tensor,
     epochs: int,
     learning_rate: float,
-    batch_size: int,
-    bf16: bool,
     generator: torch.Generator,
 ) -> LayerFit:
-    parameters = list(layer.parameters())
-    device, dtype = parameters[0].device, parameters[0].dtype
-    held_out = max(batch_size, len(record.inputs) // _HELD_OUT // batch_size * batch_size)
-    fitted = len(record.inputs) - held_out
-    scale = record.outputs.float().square().mean().item()
+    """Fit `parameters` of a layer, so that it turns `states` into `targets`, both (blocks, tokens, width)."""
+    batch_size = call.batch_size
+    held_out = max(batch_size, len(states) // _HELD_OUT // batch_size * batch_size)
+    fitted = len(states) - held_out
+    deviation = _deviation(targets, batch_size)
 
     def error(blocks: Tensor) -> Tensor:
-        inputs, outputs = (part[blocks].to(device, dtype) for part in record)
-        with _autocast(device, bf16):
-            given = call(layer, inputs)
-        return (given.float() - outputs.float()).square().mean() / scale
+        given = call(states[blocks])
+        wanted = targets[blocks].to(given.device)
+        return ((_unit(given) - _unit(wanted)) / deviation.to(given.device)).square().mean()
 
     @torch.no_grad()
     def held_out_error() -> float:
-        blocks = torch.arange(fitted, len(record.inputs)).split(batch_size)
+        blocks = torch.arange(fitted, len(states)).split(batch_size)
         return torch.stack([error(part) for part in blocks]).mean().item()
 
     steps = epochs * (fitted // batch_size)
@@ -222,8 +149,7 @@ def _fit(
     schedule = get_cosine_schedule_with_warmup(optimizer, min(_WARMUP_STEPS, steps // 2), steps)
     before = held_out_error()
     for _ in range(epochs):
-        # The kwargs of the call are those of a whole batch, so what does not fill one waits for the next epoch.
-        for blocks in torch.randperm(fitted, generator=generator).split(batch_size)[: fitted // batch_size]:
+        for blocks in torch.randperm(fitted, generator=generator).split(batch_size):
             gradients = torch.autograd.grad(error(blocks), parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
@@ -233,31 +159,105 @@ def _fit(
     return LayerFit(before, held_out_error())
 
 
-@torch.no_grad()
-def _calls(model: PreTrainedModel, batch: Tensor) -> dict[str, _Call]:
-    """How each self-attention layer is called on a batch, by name."""
-    calls: dict[str, _Call] = {}
+def _unit(states: Tensor) -> Tensor:
+    """Hidden states as the norms after them see them: without their size, which a few tokens have most of."""
+    return nn.functional.rms_norm(states.float(), states.shape[-1:])
 
-    def keep(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls[name] = _Call(args, kwargs)
+
+def _deviation(targets: Tensor, batch_size: int) -> Tensor:
+    """Standard deviation (width,) of each channel of `_unit(targets)`: a few are far larger than all others."""
+    batches = targets.split(batch_size)
+    mean = torch.stack([_unit(batch).mean((0, 1)) for batch in batches]).mean(0)
+    variance = torch.stack([(_unit(batch) - mean).square().mean((0, 1)) for batch in batches]).mean(0)
+    return variance.sqrt().clamp(min=_LEAST_DEVIATION)
+
+
+def _attention_parameters(model: PreTrainedModel, layer: nn.Module) -> list[nn.Parameter]:
+    """Trainable parameters of the self-attention in a decoder layer."""
+    inside = {id(module) for module in layer.modules()}
+    return [
+        parameter
+        for _, attention in self_attentions(model)
+        if id(attention) in inside
+        for parameter in attention.parameters()
+        if parameter.requires_grad
+    ]
+
+
+def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of layers in which all self-attention of the text decoder is."""
+    attentions = {id(attention) for _, attention in self_attentions(model)}
+    for module in text_decoder(model).modules():
+        if isinstance(module, nn.ModuleList) and attentions <= {id(part) for part in module.modules()}:
+            return module
+    raise ValueError(
+        f"layer distillation needs a list of layers, and {type(model).__name__} has none with its attention"
+    )
+
+
+class _Seen(NamedTuple):
+    """What a model gave one of its layers, and what came back."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    input: Tensor
+    output: Tensor
+
+
+@torch.no_grad()
+def _calls(model: PreTrainedModel, input_ids: Tensor, batch_size: int, bf16: bool) -> list[_Call]:
+    """How each decoder layer is called on a batch of blocks.
+
+    Raises ValueError where the layers do not run one after another, or read more of a text than hidden states.
+    """
+    layers = _decoder_layers(model)
+    seen, others = (_look(model, layers, batch) for batch in (input_ids[:batch_size], input_ids[-batch_size:]))
+    for index, (one, other) in enumerate(zip(seen, others, strict=True)):
+        if index and not torch.equal(one.input, seen[index - 1].output):
+            raise ValueError(
+                f"layer distillation runs layers one after another, but in {type(model).__name__} layer {index} reads "
+                f"something else than layer {index - 1} gave; leave distillation out for this model"
+            )
+        for key in one.kwargs.keys() - {"hidden_states"}:
+            if not _equal(one.kwargs[key], other.kwargs[key]):
+                raise ValueError(
+                    f"layer distillation runs each layer by itself, but layer {index} of {type(model).__name__} also "
+                    f"reads {key}, which differs from text to text; leave distillation out for this model"
+                )
+    return [_Call(layer, one.args, one.kwargs, batch_size, bf16) for layer, one in zip(layers, seen, strict=True)]
+
+
+def _look(model: PreTrainedModel, layers: nn.ModuleList, batch: Tensor) -> list[_Seen]:
+    seen: dict[int, _Seen] = {}
+
+    def keep(index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        seen[index] = _Seen(args, kwargs, _hidden_states(args, kwargs), _output(output))
 
     with ExitStack() as hooks:
-        for name, layer in self_attentions(model):
-            hooks.enter_context(layer.register_forward_pre_hook(partial(keep, name), with_kwargs=True))
+        for index, layer in enumerate(layers):
+            hooks.enter_context(layer.register_forward_hook(partial(keep, index), with_kwargs=True))
         _run(model, batch)
-    return calls
+    return [seen[index] for index in range(len(layers))]
 
 
-def _check_alone(calls: dict[str, _Call], others: dict[str, _Call]) -> None:
-    """Raise ValueError where the calls on two batches differ in more than the hidden states."""
-    for name, call in calls.items():
-        other = others[name]
-        for key in call.kwargs.keys() - {"hidden_states"}:
-            if not _equal(call.kwargs[key], other.kwargs[key]):
-                raise ValueError(
-                    f"attention distillation runs each layer by itself, but {name} also reads {key}, which differs "
-                    "from text to text; leave distillation out for this model"
-                )
+class _EnoughSeenError(Exception):
+    """Ends a forward pass of which the rest is not needed."""
+
+
+@torch.no_grad()
+def _embedded(model: PreTrainedModel, first: _Call, input_ids: Tensor) -> Tensor:
+    """Hidden states (blocks, tokens, width) of all blocks before the first layer, on the CPU."""
+    batches: list[Tensor] = []
+
+    def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        batches.append(_hidden_states(args, kwargs).cpu())
+        raise _EnoughSeenError
+
+    with first.layer.register_forward_pre_hook(keep, with_kwargs=True):
+        for batch in input_ids.split(first.batch_size):
+            with suppress(_EnoughSeenError):
+                _run(model, batch)
+    return torch.cat(batches)
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -270,10 +270,6 @@ def _equal(one: Any, other: Any) -> bool:
 
 def _run(model: PreTrainedModel, batch: Tensor) -> None:
     text_decoder(model)(input_ids=batch.to(model.device), use_cache=False)
-
-
-def _autocast(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
 def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -1,8 +1,7 @@
-"""The recipe of a conversion: match heads, put ALiBi in, distil each attention layer. Training comes after it."""
+"""The recipe of a conversion: match heads, put ALiBi in, distil each layer. Training comes after it."""
 
+import copy
 from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +10,7 @@ from transformers import PreTrainedModel
 from ..anatomy import position_limit
 from ..errors import InputError
 from ..patching import apply_alibi, checked_config
-from .distillation import check_distillation, distill_attention, record_attention
+from .distillation import check_distillation, distill_layers
 from .matching import match_heads
 
 __all__ = ["ConversionArguments", "convert_model"]
@@ -30,9 +29,7 @@ class ConversionArguments:
     )
     distill_tokens: int = field(
         default=0,
-        metadata={
-            "help": "Training tokens on which each attention layer is fitted to what it gave before (rotary only)."
-        },
+        metadata={"help": "Training tokens on which each layer's attention is fitted to what the layer gave before."},
     )
     distill_epochs: int = field(default=4, metadata={"help": "How often the layers see these tokens."})
     distill_learning_rate: float = field(default=3e-3, metadata={"help": "Highest learning rate of these fits."})
@@ -78,31 +75,26 @@ def convert_model(
     distilled = _first(blocks, recipe.distill_tokens, "distill_tokens")
     batch_size = recipe.distill_batch_size
     done: dict[str, Any] = {}
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        if recipe.distill_tokens:
-            check_distillation(model, distilled, batch_size=batch_size, folder=folder)
-        if recipe.match_tokens:
-            done["head_order"] = match_heads(model, matched.to(model.device))
-        records = []
-        if recipe.distill_tokens:
-            records = record_attention(
-                model, distilled, batch_size=batch_size, folder=folder, bf16=bf16, progress=progress
-            )
-        apply_alibi(model, sink_tokens=recipe.sink_tokens)
-        if recipe.distill_tokens:
-            fits = distill_attention(
-                model,
-                distilled,
-                records,
-                epochs=recipe.distill_epochs,
-                learning_rate=recipe.distill_learning_rate,
-                batch_size=batch_size,
-                bf16=bf16,
-                seed=seed,
-                progress=progress,
-            )
-            done["attention_error"] = [{"before": fit.before, "after": fit.after} for fit in fits]
+    teacher = None
+    if recipe.distill_tokens:
+        check_distillation(model, distilled, batch_size=batch_size)
+        teacher = copy.deepcopy(model)
+    if recipe.match_tokens:
+        done["head_order"] = match_heads(model, matched.to(model.device))
+    apply_alibi(model, sink_tokens=recipe.sink_tokens)
+    if teacher is not None:
+        fits = distill_layers(
+            model,
+            teacher,
+            distilled,
+            epochs=recipe.distill_epochs,
+            learning_rate=recipe.distill_learning_rate,
+            batch_size=batch_size,
+            bf16=bf16,
+            seed=seed,
+            progress=progress,
+        )
+        done["layer_error"] = [fit._asdict() for fit in fits]
     return done
 
 
