@@ -122,14 +122,15 @@ def test_the_recipe_is_seen_in_the_weights():
     assert losses["distill_epochs"] == losses["none"]
 
 
-def test_learned_positions_are_matched_within_their_table():
+def test_learned_positions_are_read_within_their_table():
     torch.manual_seed(0)
     save(
         GPT2LMHeadModel(GPT2Config(vocab_size=259, n_positions=16, n_embd=32, n_layer=2, n_head=4)),
         "short",
     )
-    metrics = finetune(write(model_name_or_path="short", match_tokens=4 * BLOCK))
+    metrics = finetune(write(model_name_or_path="short", **RECIPE))
     assert len(metrics["conversion"]["head_order"]) == 2
+    assert len(metrics["conversion"]["layer_error"]) == 2
 
 
 @pytest.mark.parametrize(

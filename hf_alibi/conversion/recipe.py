@@ -71,8 +71,11 @@ def convert_model(
     this; most reasons are found before anything is changed.
     """
     checked_config(model, sink_tokens=recipe.sink_tokens)
-    matched = _first(blocks, recipe.match_tokens, "match_tokens")[:, : position_limit(model)]
-    distilled = _first(blocks, recipe.distill_tokens, "distill_tokens")
+    # The unconverted model reads this text, so no more of a block than it has positions for.
+    matched, distilled = (
+        _first(blocks, getattr(recipe, name), name)[:, : position_limit(model)]
+        for name in ("match_tokens", "distill_tokens")
+    )
     batch_size = recipe.distill_batch_size
     done: dict[str, Any] = {}
     teacher = None
