@@ -122,6 +122,15 @@ def test_the_recipe_is_seen_in_the_weights():
     assert losses["distill_epochs"] == losses["none"]
 
 
+def test_distillation_is_what_was_asked_for(monkeypatch):
+    seen = {}
+    monkeypatch.setattr("hf_alibi.conversion.recipe.distill_layers", lambda *args, **kwargs: seen.update(kwargs) or [])
+    asked = {"distill_epochs": 3, "distill_learning_rate": 2e-3, "distill_batch_size": 2}
+    finetune(write(**{**RECIPE, **asked}, seed=7, bf16=True))
+    assert {f"distill_{name}": seen[name] for name in ("epochs", "learning_rate", "batch_size")} == asked
+    assert (seen["seed"], seen["bf16"]) == (7, True)
+
+
 def test_learned_positions_are_read_within_their_table():
     torch.manual_seed(0)
     save(

@@ -20,12 +20,14 @@ from transformers import (
     LlamaForCausalLM,
     Trainer,
     TrainerCallback,
+    TrainingArguments,
 )
 
 from hf_alibi.checkpoints import last_complete_checkpoint
-from hf_alibi.data import DataArguments, load_tokenizer, load_tokens, pack_blocks
+from hf_alibi.data import DataArguments, TokenBlocks, load_tokenizer, load_tokens, pack_blocks
 from hf_alibi.errors import InputError
 from hf_alibi.settings import read_yaml
+from hf_alibi.trainer import RateScales, make_trainer
 from hf_alibi.training import finetune
 
 pytestmark = pytest.mark.usefixtures("one_thread", "workplace")
@@ -183,18 +185,26 @@ def test_rate_scales_are_the_size_of_a_step(attention, mlp, embedding):
     save_llama("base")
     rate = 2e-3
     scales = {"mlp_rate_scale": mlp, "embedding_rate_scale": embedding}
-    one_step = {"max_steps": 1, "learning_rate": rate, "warmup_steps": 0, "weight_decay": 0.1}
+    one_step = {"max_steps": 1, "learning_rate": rate, "warmup_steps": 0, "weight_decay": 5.0}
     start = {"model_config": None, "model_name_or_path": "base", "tokenizer_name": "bytes", "attention": attention}
     metrics = finetune(arguments(**start, **one_step, **scales))
     before, after = weights("base"), weights("run")
     assert metrics["config"]["mlp_rate_scale"] == mlp
     for name, weight in before.items():
         scale = 1.0 if "self_attn" in name else embedding if "embed" in name or "lm_head" in name else mlp
-        if scale == 0:
-            assert torch.equal(after[name], weight), name
-        else:
-            decay = 0.1 * rate * scale * weight.abs().max().item()
-            assert (after[name] - weight).abs().max().item() == pytest.approx(rate * scale, abs=1e-5 + decay), name
+        decay = 0.0 if "norm" in name else 5.0
+        step = after[name] - (1 - rate * scale * decay) * weight
+        assert step.abs().max().item() == pytest.approx(rate * scale, abs=1e-6), name
+
+
+def test_a_rate_scale_of_0_freezes():
+    save_llama("base")
+    model = AutoModelForCausalLM.from_pretrained("base")
+    blocks = TokenBlocks(torch.zeros(2 * BLOCK, dtype=torch.int64), BLOCK)
+    scales = RateScales(mlp=0.0, embeddings=0.0)
+    make_trainer(model, load_tokenizer("bytes"), TrainingArguments("run", report_to="none"), blocks, None, scales)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if "self_attn" in name}
 
 
 def test_no_held_out_text():

@@ -132,7 +132,7 @@ def _fit(
     batch_size = call.batch_size
     held_out = max(batch_size, len(states) // _HELD_OUT // batch_size * batch_size)
     fitted = len(states) - held_out
-    deviation = _deviation(targets, batch_size)
+    deviation = _deviation(targets[:fitted], batch_size)
 
     def error(blocks: Tensor) -> Tensor:
         given = call(states[blocks])
