@@ -125,6 +125,5 @@ def cost(result: Mapping[str, Any]) -> str:
     ]
     how = "untrained" if result["control"] is None else "trained on the same tokens"
     ratio, low, high = (found[name] for name in ("ratio", "ratio_low", "ratio_high"))
-    return (
-        f"perplexity at {length} tokens: {ratio:.3f} [{low:.3f}, {high:.3f}] times that of the unconverted model, {how}"
-    )
+    other = f"the unconverted model, {how}"
+    return f"perplexity at {length} tokens: {ratio:.3f} [{low:.3f}, {high:.3f}] times that of {other}"

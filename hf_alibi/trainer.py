@@ -48,15 +48,15 @@ def make_trainer(
 
     Weights whose rate scale is 0 are frozen.
     """
-    scales = _scale_by_weight(model, rate_scales)
-    for parameter, scale in scales.items():
-        parameter.requires_grad_(scale > 0)
+    for parameter, scale in _scale_by_weight(model, rate_scales).items():
+        if scale == 0:
+            parameter.requires_grad_(False)
     training.logging_nan_inf_filter = False  # it would hide what FiniteLossTrainer looks for
     training.include_num_input_tokens_seen = "all"
     if training.device.type == "cpu":
         training.dataloader_pin_memory = False  # memory is pinned for a GPU; without one torch warns
     trainer = AlibiTrainer(
-        scales,
+        rate_scales,
         model=model,
         args=training,
         train_dataset=train_blocks,
@@ -74,18 +74,19 @@ def make_trainer(
 class AlibiTrainer(Trainer):
     """Trainer with rate scales that stops at the first loss that is not finite, before the weights take the step."""
 
-    def __init__(self, scales: dict[nn.Parameter, float], **kwargs: Any) -> None:
+    def __init__(self, rate_scales: RateScales, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._scales = scales
+        self._rate_scales = rate_scales
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        scales = _scale_by_weight(self.model, self._rate_scales)
         groups = list(optimizer.param_groups)
         optimizer.param_groups.clear()
         for group in groups:
             by_scale = defaultdict(list)
             for parameter in group["params"]:
-                by_scale[self._scales[parameter]].append(parameter)
+                by_scale[scales[parameter]].append(parameter)
             # Trainer logs the rate of the first group: the one of self-attention.
             for scale, parameters in sorted(by_scale.items(), key=lambda item: item[0] != 1.0):
                 optimizer.add_param_group({**group, "params": parameters, "lr": group["lr"] * scale})
@@ -99,6 +100,7 @@ class AlibiTrainer(Trainer):
 
 
 def _scale_by_weight(model: PreTrainedModel, rate_scales: RateScales) -> dict[nn.Parameter, float]:
+    """The rate scale of each weight."""
     scales = dict.fromkeys(model.parameters(), rate_scales.mlp)
     for _, layer in self_attentions(model):
         scales |= dict.fromkeys(layer.parameters(), 1.0)

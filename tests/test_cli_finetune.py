@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from hf_alibi import cli
+from hf_alibi.conversion.recipe import ConversionArguments
 from hf_alibi.data import DataArguments
 from hf_alibi.errors import InputError
 from hf_alibi.settings import load_settings
@@ -74,17 +75,18 @@ def test_arguments_reach_the_command(monkeypatch):
     assert seen == [["run.yaml", "--seed", "1"]]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "passkey"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "passkey", "gpt2-small-pretrain"])
 def test_shipped_configs_are_valid(name):
     from transformers import TrainingArguments
 
-    classes = (FinetuneArguments, DataArguments, TrainingArguments)
+    classes = (FinetuneArguments, ConversionArguments, DataArguments, TrainingArguments)
     argv = [str(ROOT / f"configs/{name}.yaml")]
-    arguments, data, training = load_settings(classes, argv)
-    assert arguments.attention == "alibi"
+    arguments, _, data, training = load_settings(classes, argv)
+    assert arguments.attention == ("original" if "pretrain" in name else "alibi")
     assert data.dataset_name is not None
     assert data.passkey_block_size in (None, arguments.block_size)
-    assert training.max_steps > 0
+    # One of them says how long the training is.
+    assert (training.max_steps > 0) == (arguments.budget_tokens is None)
     assert not Path(training.output_dir).is_absolute()
 
 

@@ -20,11 +20,13 @@ from transformers import (
 import hf_alibi
 from hf_alibi import cli
 from hf_alibi.ablation import ablation, ablation_table
-from hf_alibi.converting import convert, cost, run
+from hf_alibi.converting import _CLASSES, convert, cost, run
 from hf_alibi.data import DataArguments, load_tokenizer, load_tokens
 from hf_alibi.errors import InputError
+from hf_alibi.settings import make_settings, read_yaml
 from hf_alibi.training import finetune
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 BLOCK = 32
 SETTINGS = {
     "model_name_or_path": "stock",
@@ -261,3 +263,24 @@ def test_an_ablation_that_cannot_be_is_refused_before_training(values, message):
     with pytest.raises(InputError, match=message):
         ablation(write(**values, output_dir="ablation"))
     assert not Path("ablation").exists()
+
+
+@pytest.mark.parametrize("name", ["ablation", "ablation-gpt2"])
+def test_every_row_of_the_shipped_ablations_is_valid(name, monkeypatch):
+    trained = []
+
+    def train(args, recipe, data, training):
+        trained.append((args.attention, args.budget_tokens, recipe.steps()))
+        raise InputError("enough")
+
+    monkeypatch.setattr("hf_alibi.ablation.train", train)
+    with pytest.raises(InputError, match="enough"):
+        ablation([str(CONFIGS / f"{name}.yaml"), *(["--train_file", "text.txt"] if name == "ablation" else [])])
+    [(attention, budget, steps)] = trained
+    assert (attention, budget > 0, steps) == ("original", True, [])
+
+
+def test_the_shipped_conversion_has_the_whole_recipe():
+    values = read_yaml(CONFIGS / "smollm2.yaml")
+    assert {"match_tokens", "sink_tokens", "distill_tokens", "mlp_rate_scale", "embedding_rate_scale"} <= values.keys()
+    make_settings(_CLASSES, values)

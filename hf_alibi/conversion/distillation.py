@@ -8,6 +8,7 @@ costs a fraction of training on the same tokens. LinearARD (arXiv 2604.00004) is
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -265,7 +266,9 @@ def _equal(one: Any, other: Any) -> bool:
         return isinstance(other, Tensor) and torch.equal(one, other)
     if isinstance(one, tuple | list):
         return len(one) == len(other) and all(map(_equal, one, other))
-    return type(one) is type(other)
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(_equal(value, other[key]) for key, value in one.items())
+    return bool(one == other)
 
 
 def _run(model: PreTrainedModel, batch: Tensor) -> None:
