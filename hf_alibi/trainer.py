@@ -51,7 +51,7 @@ def make_trainer(
     for parameter, scale in _scale_by_weight(model, rate_scales).items():
         if scale == 0:
             parameter.requires_grad_(False)
-    training.logging_nan_inf_filter = False  # it would hide what FiniteLossTrainer looks for
+    training.logging_nan_inf_filter = False  # it would hide what AlibiTrainer looks for
     training.include_num_input_tokens_seen = "all"
     if training.device.type == "cpu":
         training.dataloader_pin_memory = False  # memory is pinned for a GPU; without one torch warns

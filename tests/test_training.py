@@ -193,6 +193,7 @@ def test_rate_scales_are_the_size_of_a_step(attention, mlp, embedding):
     for name, weight in before.items():
         scale = 1.0 if "self_attn" in name else embedding if "embed" in name or "lm_head" in name else mlp
         decay = 0.0 if "norm" in name else 5.0
+        assert scale != 0 or torch.equal(after[name], weight), name
         step = after[name] - (1 - rate * scale * decay) * weight
         assert step.abs().max().item() == pytest.approx(rate * scale, abs=1e-6), name
 

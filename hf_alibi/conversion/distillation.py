@@ -38,14 +38,18 @@ class LayerFit(NamedTuple):
 
 def check_distillation(model: PreTrainedModel, input_ids: Tensor, *, batch_size: int) -> None:
     """Raise ValueError where the layers of an unconverted `model` cannot be distilled on `input_ids`."""
+    _check_given(model, input_ids, batch_size)
+    # What a layer reads besides its hidden states must be the same for all texts.
+    with evaluation_mode(model):
+        _calls(model, input_ids, batch_size, bf16=False)
+
+
+def _check_given(model: PreTrainedModel, input_ids: Tensor, batch_size: int) -> None:
     if is_alibi(model.config):
         raise ValueError("layer distillation needs the unconverted model as its teacher; copy it before apply_alibi")
     least = max(2 * batch_size, _HELD_OUT)
     if len(input_ids) < least:
         raise ValueError(f"layer distillation was given {len(input_ids)} blocks of text and needs at least {least}")
-    # What a layer reads besides its hidden states must be the same for all texts.
-    with evaluation_mode(model):
-        _calls(model, input_ids, batch_size, bf16=False)
 
 
 def distill_layers(
@@ -76,7 +80,7 @@ def distill_layers(
     Hidden states of all `input_ids` are kept twice, on the CPU. Returns the error of each layer with attention, before
     and after. Raises ValueError where `check_distillation` does.
     """
-    check_distillation(teacher, input_ids, batch_size=batch_size)
+    _check_given(teacher, input_ids, batch_size)
     input_ids = input_ids[: len(input_ids) // batch_size * batch_size]
     fits = []
     with evaluation_mode(model), evaluation_mode(teacher):
