@@ -235,9 +235,11 @@ def test_half_types_beyond_65536_positions(dtype):
 @pytest.mark.parametrize("backend", ["sdpa", "unwindowed"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("length", [33, 2100])
-def test_gradients(monkeypatch, masked, length, backend):
-    """In one call and in blocks that are recomputed in the backward pass."""
+@pytest.mark.parametrize("shares", [True, False])
+def test_gradients(monkeypatch, masked, length, backend, shares):
+    """In one call and in blocks that are recomputed in the backward pass; key heads shared or repeated."""
     monkeypatch.setattr(factored, "_SINGLE_CALL", 1000)
+    monkeypatch.setattr(factored, "_kernel_shares_keys", lambda *_, **__: shares)
     query, key, value = qkv(1, 4, 2, length, length, width=8)
     upstream = torch.randn(query.shape, generator=torch.Generator().manual_seed(5))
     seen = torch.ones(1, length, length, dtype=torch.bool).tril()
@@ -470,3 +472,16 @@ def test_on_a_gpu(backend, dtype, masked):
     output = run(backend, query.cuda(), key.cuda(), value.cuda(), seen.cuda() if masked else None)
     tolerance = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
     assert largest(output.cpu(), expected(query, key, value)) < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [4096, 2**14 + 256])
+def test_memory_on_a_gpu_is_linear_with_shared_key_heads(dtype, length):
+    """Without a kernel that takes them, PyTorch builds the matrix of all logits and says nothing."""
+    query, key, value = (x.cuda() for x in qkv(1, 9, 3, length, length, width=64, dtype=dtype))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.inference_mode():
+        run("sdpa", query, key, value)
+    assert torch.cuda.max_memory_allocated() - before < 9 * length**2 * dtype.itemsize / 8

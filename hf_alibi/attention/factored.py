@@ -23,6 +23,7 @@ __all__ = ["factored_attention"]
 # slope × position keeps its precision at any length.
 _SINGLE_CALL = 2**14
 _CAUSAL_ROWS = 256
+_FLASH_WIDTH = 256
 
 
 def factored_attention(
@@ -61,6 +62,12 @@ def _block(
     spare = 0 if device.type == "cpu" else -(query.shape[-1] + extra) % 8
     left = left.expand(*query.shape[:3], -1)
     right = right.expand(*key.shape[:3], -1)
+    width = query.shape[-1] + extra + spare
+    shared = query.shape[1] != key.shape[1]
+    if shared and not _kernel_shares_keys(query, width, masked=first > 0):
+        groups = query.shape[1] // key.shape[1]
+        key, value, right = (x.repeat_interleave(groups, dim=1) for x in (key, value, right))
+        shared = False
     output = scaled_dot_product_attention(
         # The factors stand first: where a kernel sums in order, slope × distance is complete, and small for near
         # keys, before anything is added that large partial sums would round away.
@@ -72,9 +79,18 @@ def _block(
         is_causal=first == 0,
         dropout_p=dropout,
         scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=shared,
     )
     return output[..., : value.shape[-1]]
+
+
+def _kernel_shares_keys(query: Tensor, width: int, *, masked: bool) -> bool:
+    """Whether a kernel with linear memory takes fewer key heads than query heads.
+
+    Where none does, PyTorch silently builds the matrix of all logits. On CUDA only FlashAttention does: half types, no
+    mask, heads of up to 256 dimensions.
+    """
+    return query.device.type == "cpu" or (query.dtype.itemsize == 2 and not masked and width <= _FLASH_WIDTH)
 
 
 def _bias_factors(
