@@ -48,7 +48,8 @@ def model_card(metrics: dict[str, Any]) -> str:
         f"- Training data: {_data_name(config)}",
         f"- Training length: {config['block_size']} tokens; "
         f"{metrics['steps']:,} steps, {metrics['tokens_seen']:,} tokens",
-        f"- Training loss: {_number(metrics['train_loss'])} nats per token",
+        f"- Training loss: {_number(metrics['train_loss'])} nats per token"
+        + (", from what a teacher predicts" if config["teacher_name_or_path"] else ""),
         f"- Held-out loss: {_number(metrics['eval_loss'])} nats per token, "
         f"perplexity {_number(metrics['perplexity'])}, {_number(metrics['bits_per_byte'])} bits per byte "
         f"(blocks of {config['block_size']} tokens)",

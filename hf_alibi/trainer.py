@@ -22,7 +22,7 @@ from .anatomy import self_attentions
 from .data import TokenBlocks
 from .errors import InputError
 
-__all__ = ["RateScales", "check_weights", "make_trainer"]
+__all__ = ["RateScales", "check_weights", "divergence", "make_trainer"]
 
 
 class RateScales(NamedTuple):
@@ -43,10 +43,12 @@ def make_trainer(
     train_blocks: TokenBlocks,
     eval_blocks: TokenBlocks | None,
     rate_scales: RateScales,
+    teacher: PreTrainedModel | None = None,
 ) -> Trainer:
     """Trainer over blocks that stops at the first loss or weight that is not finite.
 
-    Weights whose rate scale is 0 are frozen.
+    Weights whose rate scale is 0 are frozen. With a `teacher` (in evaluation mode) the model learns its predictions
+    instead of the text's next tokens (`divergence`); held-out losses stay those of the text.
     """
     for parameter, scale in _scale_by_weight(model, rate_scales).items():
         if scale == 0:
@@ -57,6 +59,7 @@ def make_trainer(
         training.dataloader_pin_memory = False  # memory is pinned for a GPU; without one torch warns
     trainer = AlibiTrainer(
         rate_scales,
+        teacher,
         model=model,
         args=training,
         train_dataset=train_blocks,
@@ -71,12 +74,40 @@ def make_trainer(
     return trainer
 
 
-class AlibiTrainer(Trainer):
-    """Trainer with rate scales that stops at the first loss that is not finite, before the weights take the step."""
+def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Mean over tokens of the Kullback-Leibler divergence from what a teacher predicts, in nats.
 
-    def __init__(self, rate_scales: RateScales, **kwargs: Any) -> None:
+    Both are logits (batch, tokens, vocabulary), `wanted` those of the teacher. Source: Hinton, Vinyals and Dean 2015,
+    arXiv 1503.02531, at temperature 1 and without the text's own tokens.
+    """
+    predicted, target = (x.float().log_softmax(dim=-1).flatten(0, 1) for x in (logits, wanted))
+    return nn.functional.kl_div(predicted, target, reduction="batchmean", log_target=True)
+
+
+class AlibiTrainer(Trainer):
+    """Trainer with rate scales and a teacher.
+
+    It stops at the first loss that is not finite, before the weights take the step.
+    """
+
+    def __init__(self, rate_scales: RateScales, teacher: PreTrainedModel | None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._rate_scales = rate_scales
+        self._teacher = teacher
+        if teacher is not None:
+            self.loss_is_scaled_for_ga = False  # `divergence` is a mean over one batch
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, Any]:
+        if self._teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)  # type: ignore[no-any-return]
+        text = {name: value for name, value in inputs.items() if name != "labels"}
+        outputs = model(**text)
+        with torch.no_grad(), self.accelerator.autocast():
+            wanted = self._teacher(**text, use_cache=False).logits
+        loss = divergence(outputs.logits, wanted)
+        return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)

@@ -82,6 +82,13 @@ class FinetuneArguments:
     embedding_rate_scale: float = field(
         default=1.0, metadata={"help": "Share of learning_rate for input and output embeddings. 0 freezes them."}
     )
+    teacher_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoint of the same vocabulary whose predictions are learned, not the text's next tokens. For a "
+            "conversion: the model that is converted, once it was fine-tuned on the text."
+        },
+    )
     attn_implementation: str | None = field(
         default=None,
         metadata={"help": "Attention backend, such as eager or sdpa. Default: the library's choice."},
@@ -141,6 +148,7 @@ def train(
     set_seed(training.seed)
     model = load_model(args, recipe, tokenizer, checkpoint=checkpoint)
     _check_vocabulary(model, tokens)
+    teacher = _load_teacher(args, model)
     conversion = _convert(model, args, recipe, train_blocks, training)
     _check_length(model, args)
 
@@ -155,7 +163,9 @@ def train(
     if max_steps is not None:
         training.max_steps = max_steps
     rate_scales = RateScales(mlp=args.mlp_rate_scale, embeddings=args.embedding_rate_scale)
-    trainer = make_trainer(model, tokenizer, training, train_blocks, eval_blocks, rate_scales)
+    if teacher is not None:
+        teacher.to(training.device)
+    trainer = make_trainer(model, tokenizer, training, train_blocks, eval_blocks, rate_scales, teacher)
     _run(trainer, checkpoint)
     eval_loss = _final_eval_loss(trainer) if eval_blocks is not None else None
     check_weights(model)
@@ -310,6 +320,27 @@ def _load_pretrained(source: str, args: FinetuneArguments) -> PreTrainedModel:
             "give a complete checkpoint of a causal language model"
         )
     return model
+
+
+def _load_teacher(args: FinetuneArguments, model: PreTrainedModel) -> PreTrainedModel | None:
+    """Load the model whose predictions `model` learns; raises InputError where it has other tokens or is too short."""
+    source = args.teacher_name_or_path
+    if source is None:
+        return None
+    teacher = _load_pretrained(source, args)
+    predicted, learned = (text_config(of.config).vocab_size for of in (teacher, model))
+    if predicted != learned:
+        raise InputError(
+            f"the teacher {source!r} predicts {predicted} tokens and the model {learned}; give a teacher with the "
+            "model's own vocabulary"
+        )
+    limit = position_limit(teacher)
+    if limit is not None and args.block_size > limit:
+        raise InputError(
+            f"block_size {args.block_size} is beyond the {limit} learned positions of the teacher {source!r}; "
+            f"set block_size to at most {limit}, or give another teacher"
+        )
+    return teacher
 
 
 def _build_fresh(args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

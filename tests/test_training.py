@@ -27,7 +27,7 @@ from hf_alibi.checkpoints import last_complete_checkpoint
 from hf_alibi.data import DataArguments, TokenBlocks, load_tokenizer, load_tokens, pack_blocks
 from hf_alibi.errors import InputError
 from hf_alibi.settings import read_yaml
-from hf_alibi.trainer import RateScales, make_trainer
+from hf_alibi.trainer import RateScales, divergence, make_trainer
 from hf_alibi.training import finetune
 
 pytestmark = pytest.mark.usefixtures("one_thread", "workplace")
@@ -65,9 +65,10 @@ def save_gpt2(folder, **values):
     GPT2LMHeadModel(config).save_pretrained(folder)
 
 
-def save_llama(folder):
-    torch.manual_seed(0)
+def save_llama(folder, seed=0, **values):
+    torch.manual_seed(seed)
     config = LlamaConfig(
+        **values,
         vocab_size=VOCABULARY,
         hidden_size=24,
         intermediate_size=32,
@@ -206,6 +207,78 @@ def test_a_rate_scale_of_0_freezes():
     make_trainer(model, load_tokenizer("bytes"), TrainingArguments("run", report_to="none"), blocks, None, scales)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, _ in model.named_parameters() if "self_attn" in name}
+
+
+def start_from(folder):
+    return {"model_config": None, "model_name_or_path": folder, "tokenizer_name": "bytes", "attention": "original"}
+
+
+def test_a_teacher_is_learned_and_not_the_text():
+    save_llama("teacher", seed=1, initializer_range=0.3)
+    save_llama("base")
+    asked = {**start_from("base"), "max_steps": 40, "learning_rate": 1e-2, "logging_steps": 20, "eval_strategy": "no"}
+    metrics = finetune(arguments(**asked, teacher_name_or_path="teacher"))
+    text = finetune(arguments(**asked, output_dir="text"))
+    models = {name: AutoModelForCausalLM.from_pretrained(name).eval() for name in ("base", "run", "text", "teacher")}
+    ids = load_tokens(DataArguments(train_file=["text.txt"]), load_tokenizer("bytes")).train[: 4 * BLOCK].view(4, BLOCK)
+
+    @torch.no_grad()
+    def distance(name):
+        predicted, wanted = (models[of](ids).logits.double().softmax(-1) for of in (name, "teacher"))
+        return (wanted * (wanted / predicted).log()).sum(-1).mean().item()
+
+    assert distance("run") < 0.8 * distance("base")
+    assert distance("text") > distance("base")
+    # The held-out loss is that of the text, which this teacher knows nothing of.
+    assert metrics["eval_loss"] > 5 > text["eval_loss"]
+    assert metrics["train_loss"] < 1
+    assert "from what a teacher predicts" in Path("run/README.md").read_text()
+    assert "teacher" not in Path("text/README.md").read_text()
+
+
+def test_a_teacher_of_itself_leaves_the_model_as_it_is():
+    save_llama("base")
+    finetune(arguments(**start_from("base"), teacher_name_or_path="base", max_steps=2, weight_decay=0.0, optim="sgd"))
+    before, after = weights("base"), weights("run")
+    assert all((after[name] - weight).abs().max() < 1e-6 for name, weight in before.items())
+
+
+def test_the_divergence_is_exact():
+    logits, wanted = torch.randn(2, 3, 5, 7).unbind()
+    target = wanted.double().softmax(-1)
+    exact = (target * (target / logits.double().softmax(-1)).log()).sum(-1).mean()
+    assert divergence(logits, wanted).item() == pytest.approx(exact.item(), rel=1e-6)
+
+
+def test_a_teacher_counts_the_same_in_accumulated_batches():
+    save_llama("base")
+    save_llama("teacher", seed=1, initializer_range=0.3)
+    asked = {**start_from("base"), "teacher_name_or_path": "teacher", "max_steps": 1, "optim": "sgd", "warmup_steps": 0}
+    for batch, folder in ((4, "whole"), (2, "parts")):
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 4 // batch}
+        finetune(arguments(**asked, **sizes, output_dir=folder, learning_rate=1.0))
+    whole, parts = weights("whole"), weights("parts")
+    assert not same(whole, weights("base"))
+    assert all((parts[name] - weight).abs().max() < 1e-5 for name, weight in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"vocab_size": 300}, r"the teacher 'teacher' predicts 300 tokens and the model 259; give a teacher with"),
+        (
+            {"n_positions": 16},
+            r"beyond the 16 learned positions of the teacher 'teacher'; set block_size to",
+        ),
+    ],
+)
+def test_a_teacher_that_cannot_teach_is_refused(sizes, message):
+    save_llama("base")
+    config = GPT2Config(**{"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 1, "n_head": 2, **sizes})
+    GPT2LMHeadModel(config).save_pretrained("teacher")
+    with pytest.raises(InputError, match=message):
+        finetune(arguments(**start_from("base"), teacher_name_or_path="teacher"))
+    assert not Path("run").exists()
 
 
 def test_no_held_out_text():
