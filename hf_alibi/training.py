@@ -85,7 +85,7 @@ class FinetuneArguments:
     teacher_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Checkpoint of the same vocabulary whose predictions are learned, not the text's next tokens. For a "
+            "help": "Checkpoint of the same vocabulary whose predictions are learned, not the text's tokens. For a "
             "conversion: the model that is converted, once it was fine-tuned on the text."
         },
     )
