@@ -123,7 +123,7 @@ def cost(result: Mapping[str, Any]) -> str:
         if entry["length"] == entry["against_length"] == length
         and all(entry[name] == value for name, value in at_length.items())
     ]
-    how = "untrained" if result["control"] is None else "trained on the same tokens"
+    how = "as it was given" if result["control"] is None else "trained on the same tokens"
     ratio, low, high = (found[name] for name in ("ratio", "ratio_low", "ratio_high"))
     other = f"the unconverted model, {how}"
     return f"perplexity at {length} tokens: {ratio:.3f} [{low:.3f}, {high:.3f}] times that of {other}"

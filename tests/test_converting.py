@@ -15,16 +15,18 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    TrainingArguments,
 )
 
 import hf_alibi
 from hf_alibi import cli
 from hf_alibi.ablation import ablation, ablation_table
+from hf_alibi.conversion.recipe import ConversionArguments
 from hf_alibi.converting import _CLASSES, convert, cost, run
 from hf_alibi.data import DataArguments, load_tokenizer, load_tokens
 from hf_alibi.errors import InputError
 from hf_alibi.settings import make_settings, read_yaml
-from hf_alibi.training import finetune
+from hf_alibi.training import FinetuneArguments, finetune
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BLOCK = 32
@@ -109,7 +111,7 @@ def test_the_control_has_a_rate_of_its_own_for_all_weights():
 def test_without_a_control_the_untouched_model_is_compared():
     result = run([*write(**COMPARISON), "--sink_tokens", "2"])
     assert result["control"] is None
-    assert cost(result).endswith("times that of the unconverted model, untrained")
+    assert cost(result).endswith("times that of the unconverted model, as it was given")
     assert result["evaluation"]["models"]["original"]["source"] == "stock"
     assert AutoModelForCausalLM.from_pretrained("run").config.alibi_sink_tokens == 2
 
@@ -284,3 +286,22 @@ def test_the_shipped_conversion_has_the_whole_recipe():
     values = read_yaml(CONFIGS / "smollm2.yaml")
     assert {"match_tokens", "sink_tokens", "distill_tokens", "mlp_rate_scale", "embedding_rate_scale"} <= values.keys()
     make_settings(_CLASSES, values)
+
+
+def test_the_shipped_teacher_reads_the_text_that_its_conversion_reads():
+    teacher, converted = (read_yaml(CONFIGS / f"{name}.yaml") for name in ("smollm2-original", "smollm2"))
+    for name in ("model_name_or_path", "block_size", "validation_fraction"):
+        assert teacher[name] == converted[name]
+    classes = (FinetuneArguments, ConversionArguments, DataArguments, TrainingArguments)
+    args, recipe, *_ = make_settings(classes, {**teacher, "train_file": ["text.txt"]})
+    assert (args.attention, recipe.steps()) == ("original", [])
+
+
+def test_a_fine_tuned_model_is_converted_and_teaches():
+    finetune(write(attention="original", output_dir="tuned"))
+    asked = {"model_name_or_path": "tuned", "teacher_name_or_path": "tuned"}
+    result = convert({**SETTINGS, **asked}, **RECIPE, **COMPARISON)
+    assert result["training"]["config"]["teacher_name_or_path"] == "tuned"
+    # What is learned is the distance to the teacher, far less than the loss of the text.
+    assert result["training"]["train_loss"] < 0.5 * result["training"]["eval_loss"]
+    assert result["evaluation"]["models"]["original"]["source"] == "tuned"
