@@ -12,20 +12,20 @@ from transformers import TrainingArguments
 from .conversion.recipe import ConversionArguments
 from .data import DataArguments, load_tokenizer, load_tokens
 from .errors import InputError
-from .extrapolation import ExtrapolateArguments, compare
+from .extrapolation import ComparisonArguments, ExtrapolateArguments, compare
 from .plots import require_matplotlib
 from .settings import load_settings, make_settings, read_yaml
 from .training import FinetuneArguments, train
 from .windows import NON_OVERLAPPING, check_protocol
 
-__all__ = ["ComparisonArguments", "convert", "cost", "run"]
+__all__ = ["ControlArguments", "convert", "cost", "run"]
 
 _CONTROL = "control"
 _EVALUATION = "evaluation"
 
 
-@dataclass
-class ComparisonArguments:
+@dataclass(kw_only=True)
+class ControlArguments(ComparisonArguments):
     """What a converted model is compared with, and how."""
 
     control: bool = field(
@@ -36,24 +36,9 @@ class ComparisonArguments:
         default=None,
         metadata={"help": "Its learning rate, the same for all weights. Default: that of the converted model."},
     )
-    lengths: list[int] | None = field(
-        default=None, metadata={"help": "Evaluation lengths in tokens. Default: block_size x 1 2 4 8 16."}
-    )
-    scored_tokens: int | None = field(
-        default=None, metadata={"help": "Held-out tokens scored, a multiple of every length. Default: 4 x the longest."}
-    )
-    stride: int | None = field(
-        default=None, metadata={"help": "Stride of the sliding window. Default: half the shortest length."}
-    )
-    stride_share: float = field(
-        default=0.0, metadata={"help": "Share of the length that is the stride where it is more."}
-    )
-    baselines: list[str] | None = field(
-        default=None, metadata={"help": "What both are compared with besides, as for hf-alibi extrapolate."}
-    )
 
 
-_CLASSES = (ComparisonArguments, FinetuneArguments, ConversionArguments, DataArguments, TrainingArguments)
+_CLASSES = (ControlArguments, FinetuneArguments, ConversionArguments, DataArguments, TrainingArguments)
 
 
 def convert(config: str | Path | Mapping[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
@@ -78,7 +63,7 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _convert(
-    comparison: ComparisonArguments,
+    comparison: ControlArguments,
     args: FinetuneArguments,
     recipe: ConversionArguments,
     data: DataArguments,
@@ -91,11 +76,7 @@ def _convert(
         models={"alibi": str(output_dir), "original": str(output_dir / _CONTROL) if comparison.control else source},
         train_length=args.block_size,
         output_dir=str(output_dir / _EVALUATION),
-        lengths=comparison.lengths,
-        scored_tokens=comparison.scored_tokens,
-        stride=comparison.stride,
-        stride_share=comparison.stride_share,
-        baselines=comparison.baselines,
+        **{one.name: getattr(comparison, one.name) for one in dataclasses.fields(ComparisonArguments)},
     )
     require_matplotlib()
     tokenizer = load_tokenizer(data.tokenizer_name or source)

@@ -34,7 +34,7 @@ from .settings import load_settings, one_line
 from .verdicts import in_short
 from .windows import check_protocol
 
-__all__ = ["ExtrapolateArguments", "Protocol", "compare", "extrapolate"]
+__all__ = ["ComparisonArguments", "ExtrapolateArguments", "Protocol", "compare", "extrapolate"]
 
 _MULTIPLES = (1, 2, 4, 8, 16)
 _DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -57,7 +57,34 @@ class Protocol(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class ExtrapolateArguments:
+class ComparisonArguments:
+    """How models are compared, in a conversion too."""
+
+    lengths: list[int] | None = field(
+        default=None, metadata={"help": "Evaluation lengths in tokens. Default: the training length x 1 2 4 8 16."}
+    )
+    scored_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Held-out tokens scored, a multiple of every length. Default: 4 x the longest length."},
+    )
+    stride: int | None = field(
+        default=None, metadata={"help": "Stride of the sliding window. Default: half the shortest length."}
+    )
+    stride_share: float = field(
+        default=0.0,
+        metadata={"help": "Share of the length that is the stride where it is more; 0.0625 makes long windows cheap."},
+    )
+    baselines: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"What models are also compared with, any of {', '.join(BASELINES)}; {ALL}: those that fit each "
+            "model. Default: none."
+        },
+    )
+
+
+@dataclass(kw_only=True)
+class ExtrapolateArguments(ComparisonArguments):
     """Which models are compared, at which lengths."""
 
     # Only beside None does HfArgumentParser take a mapping as a string, which is then JSON.
@@ -67,20 +94,6 @@ class ExtrapolateArguments:
     )
     train_length: int = field(metadata={"help": "Length in tokens that the models were trained at."})
     output_dir: str = field(metadata={"help": "New or empty folder for results, report and plots."})
-    lengths: list[int] | None = field(
-        default=None, metadata={"help": "Evaluation lengths in tokens. Default: train_length x 1 2 4 8 16."}
-    )
-    scored_tokens: int | None = field(
-        default=None,
-        metadata={"help": "Tokens scored, a multiple of every length. Default: 4 x the longest length."},
-    )
-    stride: int | None = field(
-        default=None, metadata={"help": "Stride of the sliding window. Default: half the shortest length."}
-    )
-    stride_share: float = field(
-        default=0.0,
-        metadata={"help": "Share of the length that is the stride where it is more; 0.0625 makes long windows cheap."},
-    )
     attn_implementation: str | None = field(
         default=None,
         metadata={"help": "Attention backend, such as eager or sdpa. Default: the library's choice."},
@@ -93,13 +106,6 @@ class ExtrapolateArguments:
         metadata={
             "help": "Models also shown with their context cropped to train_length. Default: those without "
             f"ALiBi; {_NONE}: no model."
-        },
-    )
-    baselines: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": f"What models are also compared with, any of {', '.join(BASELINES)}; {ALL}: those that fit each "
-            "model. Default: none."
         },
     )
     passkey_cases: int = field(
