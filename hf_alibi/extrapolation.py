@@ -25,6 +25,7 @@ from .data import DataArguments, count_bytes, document_numbers, load_tokenizer, 
 from .errors import InputError
 from .evaluation import FULL, Extrapolation, evaluate_extrapolation
 from .lines import protocol_lengths, protocol_title, protocols
+from .loading import load_complete
 from .memory import check_memory
 from .passkey import PasskeyProbe, PasskeyRow, PasskeyText, evaluate_passkey
 from .plots import loss_by_position, passkey_map, perplexity_by_length, require_matplotlib
@@ -404,7 +405,12 @@ def _evaluate(
     num_bytes: int,
 ) -> _Done:
     """Load a model, evaluate it with its baselines and let go of it."""
-    model = _load(source).to(device)
+    model = load_complete(
+        source.folder,
+        dtype=source.dtype,
+        attn_implementation=source.config._attn_implementation,
+        name=f"the model {source.name!r} ({source.given})",
+    ).to(device)
     protocol, probe, done = args.protocol(), args.probe(), _Done({}, [])
     try:
         for context in (FULL, *baselines.labels):
@@ -422,28 +428,6 @@ def _evaluate(
         del model, variant
         if device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _load(source: _Source) -> PreTrainedModel:
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            dtype=source.dtype,
-            attn_implementation=source.config._attn_implementation,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(
-            f"model {source.name!r} ({source.given}) cannot be loaded: {one_line(error)}; check its files"
-        ) from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        # transformers fills them with random numbers, which would be evaluated as if they were the model.
-        raise InputError(
-            f"model {source.name!r}: {source.given} lacks {len(missing)} weights ({missing[0]}, ...); "
-            "give a complete checkpoint of this model type"
-        )
-    return model
 
 
 def _numbers(

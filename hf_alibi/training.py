@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -38,6 +37,7 @@ from .data import (
     pack_blocks,
 )
 from .errors import InputError
+from .loading import load_complete
 from .model_card import model_card
 from .patching import apply_alibi
 from .results import check_output_dir, environment, replacing
@@ -305,21 +305,9 @@ def _pack(tokens: TokenSplit, block_size: int, *, needs_eval: bool) -> tuple[Tok
 
 
 def _load_pretrained(source: str, args: FinetuneArguments) -> PreTrainedModel:
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=args.dtype, attn_implementation=args.attn_implementation, output_loading_info=True
-        )
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
-        raise InputError(
-            f"cannot load the model {source!r}: {one_line(error)}; check that its files are complete"
-        ) from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise InputError(
-            f"the checkpoint {source!r} lacks {len(missing)} of the model's weights ({missing[0]}, ...); "
-            "give a complete checkpoint of a causal language model"
-        )
-    return model
+    return load_complete(
+        source, dtype=args.dtype, attn_implementation=args.attn_implementation, name=f"the model {source!r}"
+    )
 
 
 def _load_teacher(args: FinetuneArguments, model: PreTrainedModel) -> PreTrainedModel | None:

@@ -251,16 +251,16 @@ def test_the_passkey_probe_asks_all_models_and_baselines(command, rotary, tmp_pa
 
 def test_models_are_in_memory_one_at_a_time(command, rotary, monkeypatch):
     alive = weakref.WeakSet()
-    load = extrapolation._load
+    load = extrapolation.load_complete
 
-    def watched(source):
+    def watched(*args, **kwargs):
         gc.collect()
         assert not list(alive)
-        model = load(source)
+        model = load(*args, **kwargs)
         alive.add(model)
         return model
 
-    monkeypatch.setattr(extrapolation, "_load", watched)
+    monkeypatch.setattr(extrapolation, "load_complete", watched)
     command(models=rotary, baselines=["all"])
 
 
@@ -385,7 +385,7 @@ def test_weights_that_are_missing_in_the_file_are_not_made_up(command, tmp_path)
     weights = load_file(path)
     del weights["transformer.wpe.weight"]
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"lacks 1 weights \(transformer\.wpe\.weight"):
+    with pytest.raises(InputError, match=r"lacks 1 of its weights \(transformer\.wpe\.weight"):
         command()
     assert not (tmp_path / "out").exists()
 

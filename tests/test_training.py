@@ -449,7 +449,7 @@ def _other_shape(folder):
     ("damage", "message"),
     [
         (_cut, "cannot load the model 'base'.*check that its files are complete"),
-        (_drop_weight, "lacks 1 of the model's weights"),
+        (_drop_weight, "the model 'base' lacks 1 of its weights"),
         (_other_shape, "cannot load the model 'base'"),
         (lambda folder: (folder / "config.json").unlink(), "cannot load the model 'base'"),
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot load the model 'base'"),
