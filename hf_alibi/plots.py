@@ -192,12 +192,16 @@ def loss_curve(metrics: Mapping[str, Any], path: Path) -> None:
     """Draw training and evaluation loss against the optimizer step, as a PNG at `path`.
 
     `metrics["history"]` holds dictionaries with "step" and any of "loss" and "eval_loss", in nats per
-    token.
+    token. `metrics["config"]` says what was learned.
     """
+    taught = metrics["config"]["teacher_name_or_path"] is not None
     figure = _figure(width=7.0, height=4.4)
     panel = figure.subplots()
     values: list[float] = []
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held-out", "-o")):
+    for key, label, style in (
+        ("loss", "training, distance to the teacher" if taught else "training", "-"),
+        ("eval_loss", "held-out", "-o"),
+    ):
         points = [(entry["step"], entry[key]) for entry in metrics["history"] if entry.get(key) is not None]
         if points:
             steps, losses = zip(*points, strict=True)

@@ -120,30 +120,35 @@ def test_loss_by_position_without_any_curve_is_still_a_picture(tmp_path):
     assert is_picture(tmp_path / "l.png")
 
 
+UNTAUGHT = {"teacher_name_or_path": None}
+
+
 def test_loss_curve_draws_what_the_history_has(tmp_path, drawn):
     history = [
         {"step": 1, "loss": 5.0},
         {"step": 2, "loss": 4.0, "eval_loss": 4.5},
         {"step": 3, "runtime": 1.0},
     ]
-    loss_curve({"history": history}, tmp_path / "c.png")
+    loss_curve({"history": history, "config": UNTAUGHT}, tmp_path / "c.png")
     assert is_picture(tmp_path / "c.png")
     found = lines(drawn[0])
     assert list(found["training"].get_xdata()) == [1, 2]
     assert list(found["held-out"].get_ydata()) == [4.5]
-    loss_curve({"history": []}, tmp_path / "empty.png")
+    loss_curve({"history": [], "config": UNTAUGHT}, tmp_path / "empty.png")
     assert is_picture(tmp_path / "empty.png")
+    loss_curve({"history": history, "config": {"teacher_name_or_path": "teacher"}}, tmp_path / "taught.png")
+    assert set(lines(drawn[-1])) == {"training, distance to the teacher", "held-out"}
 
 
 def test_pictures_leave_the_global_state_of_pyplot_alone(tmp_path):
     before = "matplotlib.pyplot" in sys.modules
-    loss_curve({"history": [{"step": 1, "loss": 5.0}]}, tmp_path / "c.png")
+    loss_curve({"history": [{"step": 1, "loss": 5.0}], "config": UNTAUGHT}, tmp_path / "c.png")
     assert ("matplotlib.pyplot" in sys.modules) == before
 
 
 def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
-    for draw in (require_matplotlib, lambda: loss_curve({"history": []}, tmp_path / "c.png")):
+    for draw in (require_matplotlib, lambda: loss_curve({"history": [], "config": UNTAUGHT}, tmp_path / "c.png")):
         with pytest.raises(InputError, match=r"pip install 'hf-alibi\[plots\]'"):
             draw()
     assert list(tmp_path.iterdir()) == []
