@@ -174,6 +174,13 @@ def _break_even(results: Results, model: str, other: str, protocol: str) -> str:
     alone = [n for n in lengths if not any(n in found for found in against)]
     names = f"**{other}**{_with_baselines(results, rivals)}"
     parts = [_where(model, names, lengths, wins)]
+    found = against[rivals.index((other, "full"))]
+    unaided = _from_on(lengths, [n for n in lengths if n in found and _outcome(found[n]) == _BETTER])
+    if _from_on(lengths, wins) is None and unaided is not None:
+        parts.append(
+            f"It is better than **{other}** itself from {unaided} tokens on: where none of the others can be used, "
+            f"convert for contexts of {unaided} tokens and more."
+        )
     if alone:
         parts.append(f"At {listed(alone)} **{model}** is alone: **{other}** cannot run there.")
     best = _closest(results, rivals, against, lengths[-1])
@@ -187,7 +194,7 @@ def _with_baselines(results: Results, rivals: Sequence[tuple[str, str]]) -> str:
 
 def _where(model: str, names: str, lengths: Sequence[int], wins: Sequence[int]) -> str:
     """From which of `lengths` on a model wins to the end."""
-    first = next((n for n in lengths if all(later in wins for later in lengths if later >= n)), None)
+    first = _from_on(lengths, wins)
     if first is not None and first == lengths[0]:
         return (
             f"**{model}** is better than {names} at every length evaluated, from {lengths[0]} tokens on: on this text "
@@ -205,6 +212,11 @@ def _where(model: str, names: str, lengths: Sequence[int], wins: Sequence[int]) 
             "beyond which these numbers speak for converting."
         )
     return f"**{model}** is nowhere better than {names} on this text: these numbers do not speak for converting."
+
+
+def _from_on(lengths: Sequence[int], wins: Sequence[int]) -> int | None:
+    """The length from which on all `lengths` are wins; None where the longest is none."""
+    return next((n for n in lengths if all(later in wins for later in lengths if later >= n)), None)
 
 
 def _closest(

@@ -129,6 +129,17 @@ class TestWhenToConvert:
     def test_one_baseline_that_is_as_good_is_enough_to_not_convert(self, written):
         says(short(written(results_of((31.0, 28.0, 27.0), extra={YARN: (31.0, 28.0, 27.0)}))), "nowhere better")
 
+    def test_better_than_the_original_itself_though_not_than_its_baselines(self, written):
+        ends = {ORIGINAL: (25.0, 27.9, 60.0), YARN: (25.0, 25.0, 25.0)}
+        line = says(short(written(results_of((31.0, 28.0, 27.0), extra=ends))), "nowhere better")
+        assert "It is better than **original** itself from 2048 tokens on" in line
+        assert "convert for contexts of 2048 tokens and more." in line
+        # Not said where the length of the baselines is the same answer, or where the win does not last.
+        without = results_of((31.0, 28.0, 27.0), cropped=False, extra={ORIGINAL: (25.0, 27.9, 60.0)})
+        assert "itself" not in short(written(without))
+        ends[ORIGINAL] = (60.0, 60.0, 25.0)
+        assert "itself" not in short(written(results_of((31.0, 28.0, 27.0), extra=ends)))
+
     def test_somewhere_but_not_at_the_end(self, written):
         line = says(short(written(results_of((31.0, 28.0, 31.0)))), "at 512 only and not at the longest")
         assert "no context beyond which these numbers speak for converting" in line
