@@ -282,9 +282,19 @@ def test_every_row_of_the_shipped_ablations_is_valid(name, monkeypatch):
     assert (attention, budget > 0, steps) == ("original", True, [])
 
 
-def test_the_shipped_conversion_has_the_whole_recipe():
-    values = read_yaml(CONFIGS / "smollm2.yaml")
-    assert {"match_tokens", "sink_tokens", "distill_tokens", "mlp_rate_scale", "embedding_rate_scale"} <= values.keys()
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        (
+            "smollm2",
+            {"match_tokens", "sink_tokens", "distill_tokens", "mlp_rate_scale", "embedding_rate_scale"},
+        ),
+        ("gpt2-small-convert", {"match_tokens", "distill_tokens"}),
+    ],
+)
+def test_the_shipped_conversions_have_the_whole_recipe(name, parts):
+    values = read_yaml(CONFIGS / f"{name}.yaml")
+    assert parts <= values.keys()
     make_settings(_CLASSES, values)
 
 
