@@ -95,6 +95,7 @@ class AlibiTrainer(Trainer):
         self._rate_scales = rate_scales
         self._teacher = teacher
         if teacher is not None:
+            teacher.to(self.args.device)
             self.loss_is_scaled_for_ga = False  # `divergence` is a mean over one batch
 
     def compute_loss(

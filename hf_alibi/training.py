@@ -163,8 +163,6 @@ def train(
     if max_steps is not None:
         training.max_steps = max_steps
     rate_scales = RateScales(mlp=args.mlp_rate_scale, embeddings=args.embedding_rate_scale)
-    if teacher is not None:
-        teacher.to(training.device)
     trainer = make_trainer(model, tokenizer, training, train_blocks, eval_blocks, rate_scales, teacher)
     _run(trainer, checkpoint)
     eval_loss = _final_eval_loss(trainer) if eval_blocks is not None else None

@@ -173,10 +173,11 @@ def _break_even(results: Results, model: str, other: str, protocol: str) -> str:
     wins = [n for n in lengths if all(_outcome(found[n]) == _BETTER for found in against if n in found)]
     alone = [n for n in lengths if not any(n in found for found in against)]
     names = f"**{other}**{_with_baselines(results, rivals)}"
-    parts = [_where(model, names, lengths, wins)]
-    found = against[rivals.index((other, "full"))]
-    unaided = _from_on(lengths, [n for n in lengths if n in found and _outcome(found[n]) == _BETTER])
-    if _from_on(lengths, wins) is None and unaided is not None:
+    first = _from_on(lengths, wins)
+    parts = [_where(model, names, lengths, wins, first)]
+    itself = against[rivals.index((other, "full"))]
+    unaided = _from_on(lengths, [n for n, entry in itself.items() if _outcome(entry) == _BETTER])
+    if first is None and unaided is not None:
         parts.append(
             f"It is better than **{other}** itself from {unaided} tokens on: where none of the others can be used, "
             f"convert for contexts of {unaided} tokens and more."
@@ -192,9 +193,8 @@ def _with_baselines(results: Results, rivals: Sequence[tuple[str, str]]) -> str:
     return f" and all its baselines ({', '.join(labels)})" if labels else ""
 
 
-def _where(model: str, names: str, lengths: Sequence[int], wins: Sequence[int]) -> str:
-    """From which of `lengths` on a model wins to the end."""
-    first = _from_on(lengths, wins)
+def _where(model: str, names: str, lengths: Sequence[int], wins: Sequence[int], first: int | None) -> str:
+    """That a model wins from the length `first` on to the end, or at which `wins` alone."""
     if first is not None and first == lengths[0]:
         return (
             f"**{model}** is better than {names} at every length evaluated, from {lengths[0]} tokens on: on this text "

@@ -23,19 +23,32 @@ __all__ = ["factored_attention"]
 # slope × position keeps its precision at any length.
 _SINGLE_CALL = 2**14
 _CAUSAL_ROWS = 256
-_FLASH_WIDTH = 256
+# FlashAttention takes heads of 256 dimensions, of which the factors are up to 16.
+_FLASH_WIDTH = 240
 
 
 def factored_attention(
     query: Tensor, key: Tensor, value: Tensor, *, slopes: HeadSlopes, scaling: float, dropout: float
 ) -> Tensor:
     """Causal attention of queries (batch, heads, queries, head_dim) with as many keys; returns the same shape."""
-    attend = partial(_block, key=key, value=value, slopes=slopes, scaling=scaling, dropout=dropout)
     rows = _CAUSAL_ROWS if query.shape[2] > _SINGLE_CALL else query.shape[2]
     if dropout and query.device.type != "cuda":
         # Only CUDA has fused kernels with dropout; elsewhere the matrix of weights is built, and must fit.
         rows = min(rows, dense_rows(query, key))
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and not _kernel_shares_keys(query, masked=rows < query.shape[2]):
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    attend = partial(_block, key=key, value=value, slopes=slopes, scaling=scaling, dropout=dropout)
     return in_blocks(attend, query, rows, keep_rng=dropout > 0)
+
+
+def _kernel_shares_keys(query: Tensor, *, masked: bool) -> bool:
+    """Whether a kernel with linear memory takes fewer key heads than query heads.
+
+    Where none does, PyTorch silently builds the matrix of all logits. On CUDA only FlashAttention does: half types, no
+    mask, heads of up to 256 dimensions.
+    """
+    return query.device.type == "cpu" or (query.dtype.itemsize == 2 and not masked and query.shape[-1] <= _FLASH_WIDTH)
 
 
 def _block(
@@ -62,12 +75,6 @@ def _block(
     spare = 0 if device.type == "cpu" else -(query.shape[-1] + extra) % 8
     left = left.expand(*query.shape[:3], -1)
     right = right.expand(*key.shape[:3], -1)
-    width = query.shape[-1] + extra + spare
-    shared = query.shape[1] != key.shape[1]
-    if shared and not _kernel_shares_keys(query, width, masked=first > 0):
-        groups = query.shape[1] // key.shape[1]
-        key, value, right = (x.repeat_interleave(groups, dim=1) for x in (key, value, right))
-        shared = False
     output = scaled_dot_product_attention(
         # The factors stand first: where a kernel sums in order, slope × distance is complete, and small for near
         # keys, before anything is added that large partial sums would round away.
@@ -79,18 +86,9 @@ def _block(
         is_causal=first == 0,
         dropout_p=dropout,
         scale=scaling,
-        enable_gqa=shared,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     return output[..., : value.shape[-1]]
-
-
-def _kernel_shares_keys(query: Tensor, width: int, *, masked: bool) -> bool:
-    """Whether a kernel with linear memory takes fewer key heads than query heads.
-
-    Where none does, PyTorch silently builds the matrix of all logits. On CUDA only FlashAttention does: half types, no
-    mask, heads of up to 256 dimensions.
-    """
-    return query.device.type == "cpu" or (query.dtype.itemsize == 2 and not masked and width <= _FLASH_WIDTH)
 
 
 def _bias_factors(
