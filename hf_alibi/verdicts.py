@@ -6,6 +6,7 @@ A difference counts where its paired 95 % interval leaves it no choice of sign; 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from .intervals import share_difference
 from .lines import (
     format_interval,
     format_value,
@@ -265,6 +266,7 @@ def _passkey_reading(first: Mapping[str, Any], last: Mapping[str, Any]) -> str:
         )
     if last is first:
         return "."
-    if last["high"] < first["low"]:
+    low, _ = share_difference(first["found"], first["cases"], last["found"], last["cases"])
+    if low > 0:
         return ": it finds less where the context is long."
     return ": no loss with length is shown."

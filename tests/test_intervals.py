@@ -7,7 +7,7 @@ import torch
 
 from hf_alibi import intervals
 from hf_alibi.comparisons import Key, with_intervals
-from hf_alibi.intervals import interval, resampled_means, resampling_units, wilson
+from hf_alibi.intervals import interval, resampled_means, resampling_units, share_difference, wilson
 
 
 def loop(losses, units, *, resamples, seed):
@@ -93,6 +93,12 @@ def test_wilson_ends_are_where_the_observed_share_is_on_the_edge(cases, share):
     assert 0 <= low <= found / cases + 1e-12
     assert found / cases - 1e-12 <= high <= 1
     assert high - low > 0
+
+
+def test_a_difference_of_shares_is_newcombes():
+    """His table II, example (a), method 10."""
+    assert share_difference(56, 70, 48, 80) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+    assert share_difference(48, 80, 56, 70) == pytest.approx((-0.3339, -0.0524), abs=5e-5)
 
 
 def row(model, context, length, nats):

@@ -179,6 +179,10 @@ class TestPasskeys:
         assert "![Share of keys found by depth and length, one panel a model](passkey.png)" in text
         assert "was not run" not in text
 
+    def test_a_loss_counts_though_the_intervals_of_both_ends_meet(self, written):
+        line = says(short(written(self.found(results_of((29.0, 28.0, 27.0)), (10, 7)))), "passkey probe")
+        assert "20 of 20 keys [84%, 100%] at 128 tokens, 14 of 20 keys [48%, 85%] at 2048: it finds less" in line
+
     def test_kept(self, written):
         line = says(short(written(self.found(results_of((29.0, 28.0, 27.0)), (10, 9)))), "passkey probe")
         assert line.endswith(": no loss with length is shown.")
