@@ -17,9 +17,9 @@ from .data import DataArguments
 from .errors import InputError
 from .lines import markdown_table
 from .plots import loss_by_row, require_matplotlib
-from .results import Results, environment, replacing, write_results
+from .results import METRICS_FILE, Results, environment, replacing, write_results
 from .settings import load_settings, make_settings, resolve_settings
-from .training import METRICS_FILE, FinetuneArguments, train
+from .training import FinetuneArguments, train
 
 __all__ = ["AblationArguments", "ablation"]
 

@@ -13,10 +13,14 @@ from .conversion.recipe import ConversionArguments
 from .data import DataArguments, load_tokenizer, load_tokens
 from .errors import InputError
 from .extrapolation import ComparisonArguments, ExtrapolateArguments, compare
+from .lines import protocol_title
+from .model_card import CARD_FILE, model_card
 from .plots import require_matplotlib
+from .results import replacing
 from .settings import load_settings, make_settings, read_yaml
 from .training import FinetuneArguments, train
-from .windows import NON_OVERLAPPING, check_protocol
+from .verdicts import price
+from .windows import SLIDING, check_protocol
 
 __all__ = ["ControlArguments", "convert", "cost", "run"]
 
@@ -90,21 +94,20 @@ def _convert(
         unconverted = dataclasses.replace(args, attention="original", mlp_rate_scale=1.0, embedding_rate_scale=1.0)
         result["control"] = train(unconverted, recipe, data, of_control)
     result["evaluation"] = compare(evaluation, data)
+    if training.process_index == 0:
+        with replacing(output_dir / CARD_FILE) as path:
+            path.write_text(model_card(result["training"], price=cost(result)), encoding="utf-8")
     return result
 
 
 def cost(result: Mapping[str, Any]) -> str:
-    """What the conversion costs at the training length, in a sentence made from the results of `convert`."""
+    """What the conversion costs at the training length, in a sentence made from the results of `convert`.
+
+    It is the number of the report's first table and names its protocol.
+    """
     evaluation = result["evaluation"]
-    length = evaluation["settings"]["train_length"]
-    at_length = {"model": "alibi", "against_model": "original", "against_context": "full", "protocol": NON_OVERLAPPING}
-    [found] = [
-        entry
-        for entry in evaluation["comparisons"]
-        if entry["length"] == entry["against_length"] == length
-        and all(entry[name] == value for name, value in at_length.items())
-    ]
     how = "as it was given" if result["control"] is None else "trained on the same tokens"
-    ratio, low, high = (found[name] for name in ("ratio", "ratio_low", "ratio_high"))
-    other = f"the unconverted model, {how}"
-    return f"perplexity at {length} tokens: {ratio:.3f} [{low:.3f}, {high:.3f}] times that of {other}"
+    scored = f"{evaluation['settings']['scored_tokens']:,} held-out tokens"
+    where = f"{protocol_title(evaluation, SLIDING)}, {scored}, original {how}"
+    sentence = price(evaluation, "alibi", "original", SLIDING) or "The original does not run at the training length."
+    return f"{where}: {sentence.replace('**', '')}"

@@ -25,6 +25,7 @@ __all__ = [
     "DataArguments",
     "TokenBlocks",
     "TokenSplit",
+    "bos_token_id",
     "count_bytes",
     "document_numbers",
     "load_documents",
@@ -71,6 +72,13 @@ class DataArguments:
         metadata={"help": f"Tokenizer by path or hub name, or {BYTES} (UTF-8 bytes). Default: the model's own."},
     )
 
+    document_bos: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Begin each document with the tokenizer's beginning-of-sequence token, in training and evaluation. "
+            "Default: if the tokenizer itself begins texts with it."
+        },
+    )
     passkey_block_size: int | None = field(
         default=None,
         metadata={"help": f"For {PASSKEY}: tokens that whole prompts fill; give the block_size of the training."},
@@ -136,6 +144,20 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def bos_token_id(tokenizer: PreTrainedTokenizerBase, wanted: bool | None = None) -> int | None:
+    """The beginning-of-sequence token that texts begin with, None if they begin without one.
+
+    By default (`wanted` None) the tokenizer decides: it begins texts with the token if models were trained that way
+    (LLaMA, Gemma). Raises InputError if the token is wanted and the tokenizer has none.
+    """
+    token: int | None = tokenizer.bos_token_id
+    if wanted is None:
+        return token if token is not None and tokenizer.encode("a")[:1] == [token] else None
+    if wanted and token is None:
+        raise InputError("document_bos is true, and the tokenizer has no beginning-of-sequence token; leave it out")
+    return token if wanted else None
+
+
 def load_documents(args: DataArguments) -> datasets.Dataset:
     """Load the documents of a run in order, as one string column `text`; a .txt file is one document.
 
@@ -159,6 +181,7 @@ def load_documents(args: DataArguments) -> datasets.Dataset:
 def load_tokens(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> TokenSplit:
     """Load, deduplicate and tokenise the documents of a run, each followed by the end-of-sequence token.
 
+    Documents begin with the beginning-of-sequence token if `args.document_bos` says so; see `bos_token_id`.
     Without `validation_file` the last `validation_fraction` of the stream is held out. Of equal documents,
     also across the two parts, the first is kept. The passkey dataset is held out in whole blocks.
 
@@ -167,12 +190,13 @@ def load_tokens(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Toke
     if args.dataset_name == PASSKEY and args.train_file is None:
         return _load_passkeys(args, tokenizer)
     seen: set[bytes] = set()
-    train = _tokenize(_drop_duplicates(load_documents(args), seen), tokenizer)
+    bos = bos_token_id(tokenizer, args.document_bos)
+    train = _tokenize(_drop_duplicates(load_documents(args), seen), tokenizer, bos)
     if not train.numel():
         raise InputError("the training data is empty: it has no document with text; give files that hold text")
     if args.validation_file is not None:
         documents = _load_files(args.validation_file, args.text_column)
-        held_out = _tokenize(_drop_duplicates(documents, seen), tokenizer)
+        held_out = _tokenize(_drop_duplicates(documents, seen), tokenizer, bos)
         if not held_out.numel():
             raise InputError("validation_file holds no text that is not in the training data; give other text")
         return TokenSplit(train, held_out)
@@ -194,7 +218,7 @@ def pack_blocks(tokens: Tensor, block_size: int, *, name: str = "the text") -> T
 
 
 def count_bytes(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Count the UTF-8 bytes of the text behind `tokens` (1-D); end-of-sequence tokens stand for none."""
+    """Count the UTF-8 bytes of the text behind `tokens` (1-D); special tokens stand for none."""
     return len(tokenizer.decode(tokens.tolist(), skip_special_tokens=True).encode("utf-8"))
 
 
@@ -210,7 +234,11 @@ def document_numbers(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tens
 def _load_passkeys(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> TokenSplit:
     block_size = args.passkey_block_size or 0
     tokens = passkey_training_tokens(
-        tokenizer, block_size=block_size, blocks=args.passkey_blocks, seed=args.passkey_seed
+        tokenizer,
+        bos_token_id=bos_token_id(tokenizer, args.document_bos),
+        block_size=block_size,
+        blocks=args.passkey_blocks,
+        seed=args.passkey_seed,
     )
     boundary = block_size * (args.passkey_blocks - int(args.passkey_blocks * args.validation_fraction))
     return TokenSplit(tokens[:boundary], tokens[boundary:])
@@ -271,10 +299,12 @@ def _drop_duplicates(documents: datasets.Dataset, seen: set[bytes]) -> datasets.
     return documents.select(kept)
 
 
-def _tokenize(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def _tokenize(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, bos: int | None) -> Tensor:
+    first = [] if bos is None else [bos]
+
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         encoded = tokenizer(batch[_TEXT], add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return {"input_ids": [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
+        return {"input_ids": [[*first, *ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
 
     if not len(documents):
         return torch.empty(0, dtype=torch.int64)

@@ -22,6 +22,7 @@ from .windows import (
     SLIDING,
     Window,
     check_protocol,
+    context_seen,
     non_overlapping_windows,
     sliding_windows,
     stride_at,
@@ -51,16 +52,17 @@ _MAX_NATS = 709.0
 class ExtrapolationRow:
     """One number of the comparison: a model at one length under one protocol.
 
-    `context` is "full" (all of the window) or "cropped" (never more than the training length).
-    `nats_per_token`, `perplexity` and `bits_per_byte` are None where `status` is not "ok";
-    `bits_per_byte` is also None where the number of bytes is unknown. `tokens` is the number of
-    scored tokens.
+    `context` is "full" (all of the window) or "cropped" (never more than the training length). Each of the `tokens`
+    scored tokens sees `fewest_seen` to `most_seen` tokens before it. `nats_per_token`, `perplexity` and
+    `bits_per_byte` are None if `status` is not "ok"; `bits_per_byte` is also None if the number of bytes is unknown.
     """
 
     model: str
     protocol: str
     length: int
     context: str
+    fewest_seen: int
+    most_seen: int
     nats_per_token: float | None
     perplexity: float | None
     bits_per_byte: float | None
@@ -122,8 +124,8 @@ def evaluate_extrapolation(
     lengths: Sequence[int],
     train_length: int,
     scored_tokens: int,
-    stride: int,
-    stride_share: float = 0.0,
+    stride: int | None = None,
+    bos_token_id: int | None = None,
     num_bytes: int | None = None,
     name: str = "model",
     cropped: bool = False,
@@ -136,9 +138,9 @@ def evaluate_extrapolation(
     at every length, every token once and with equal weight; only the context before them varies. Two
     protocols, both reported:
 
-    - `sliding`: a window of `length` tokens moves by `stride` and scores only its last `stride`
-      targets, so that every target sees `length - stride + 1` to `length` tokens. Where `stride_share` of the
-      length is more than `stride`, that is its stride: long windows cost as much as their length squared.
+    - `sliding`: a window of `length` tokens moves by `stride` tokens and scores only its last `stride`
+      targets, so that every target sees `length - stride + 1` to `length` tokens. The default stride is an eighth of
+      each length, the largest one allowed: so every target sees more than seven eighths of the length.
     - `non_overlapping`: windows lie end to end and score all their targets, which see 1 to `length`
       tokens. Lengths above `scored_tokens` have no such windows.
 
@@ -148,8 +150,10 @@ def evaluate_extrapolation(
     target: a falling curve is no evidence that the distant context helps. It is nevertheless what most
     papers print, and the loss in the cheapest use of a model. Under `sliding` every target has at least
     `length - stride + 1` tokens before it, so what changes with length is what the model makes of the
-    tokens added far away; the smaller the stride, the truer. With a stride equal to the length the two
-    protocols are one and the same.
+    tokens added far away.
+
+    With `bos_token_id` every window begins with that token, in place of its oldest one: models that were trained with a
+    beginning-of-sequence token rest much attention on it. It counts as one of the tokens that a target sees.
 
     A model with a learned position table of N rows gets rows without numbers and the status "cannot run:
     ..." at lengths beyond N. With `cropped` there are further rows of context "cropped": the same
@@ -171,18 +175,19 @@ def evaluate_extrapolation(
         train_length=train_length,
         scored_tokens=scored_tokens,
         stride=stride,
-        stride_share=stride_share,
     )
     limit = position_limit(model)
     runnable = [length for length in sorted(lengths) if limit is None or length <= limit]
     plan: dict[tuple[str, int], list[Window]] = {}
     for length in runnable:
-        own = stride_at(length, stride, stride_share)
+        own = stride_at(length, stride)
         plan[SLIDING, length] = sliding_windows(len(tokens), length=length, scored_tokens=scored_tokens, stride=own)
         if length <= scored_tokens:
             windows = non_overlapping_windows(len(tokens), length=length, scored_tokens=scored_tokens)
             plan[NON_OVERLAPPING, length] = windows
-    losses = _plan_losses(model, tokens, plan, name=name, batch_tokens=batch_tokens, progress=progress)
+    losses = _plan_losses(
+        model, tokens, plan, bos_token_id=bos_token_id, name=name, batch_tokens=batch_tokens, progress=progress
+    )
 
     rows = []
     behind = {}
@@ -196,12 +201,15 @@ def evaluate_extrapolation(
                 if scored is not None:
                     behind[context, protocol, length] = scored
                 nats, perplexity, bits, status = _numbers(scored, num_bytes, limit)
+                fewest, most = context_seen(protocol, read, scored_tokens=scored_tokens, stride=stride)
                 rows.append(
                     ExtrapolationRow(
                         model=name,
                         protocol=protocol,
                         length=length,
                         context=context,
+                        fewest_seen=fewest,
+                        most_seen=most,
                         nats_per_token=nats,
                         perplexity=perplexity,
                         bits_per_byte=bits,
@@ -237,6 +245,7 @@ def _plan_losses(
     tokens: Tensor,
     plan: dict[tuple[str, int], list[Window]],
     *,
+    bos_token_id: int | None,
     name: str,
     batch_tokens: int | None,
     progress: bool,
@@ -261,7 +270,15 @@ def _plan_losses(
         with progress_bar(f"evaluating {name}", total, shown=progress) as advance:
             for (protocol, length), windows in plan.items():
                 batch = max(1, batch_tokens // length)
-                values = window_losses(model, tokens, windows, batch=batch, sliced_logits=sliced, advance=advance)
+                values = window_losses(
+                    model,
+                    tokens,
+                    windows,
+                    bos_token_id=bos_token_id,
+                    batch=batch,
+                    sliced_logits=sliced,
+                    advance=advance,
+                )
                 _check_finite(values, name=name, length=length)
                 losses[protocol, length] = values
     return losses
@@ -289,6 +306,7 @@ def window_losses(
     tokens: Tensor,
     windows: Iterable[Window],
     *,
+    bos_token_id: int | None = None,
     batch: int = 1,
     sliced_logits: bool = False,
     advance: Callable[[int], None] = lambda tokens: None,
@@ -296,13 +314,16 @@ def window_losses(
     """Cross-entropy of every scored token of the windows, in their order.
 
     Returns a float32 CPU tensor of shape (scored tokens,), in nats. `batch` windows make one forward
-    pass. With `sliced_logits` the output embeddings are applied to 1024 hidden states at a time, so
-    that (length, vocabulary) logits never exist; right only for models whose logits are exactly that.
+    pass. With `bos_token_id` that token stands in for the first input of each window. With `sliced_logits` the
+    output embeddings are applied to 1024 hidden states at a time, so that (length, vocabulary) logits never
+    exist; right only for models whose logits are exactly that.
     `advance` is told the input tokens done.
     """
     losses = []
     for group in _batches(windows, batch):
         ids = torch.stack([tokens[w.start : w.start + w.length] for w in group]).to(model.device)
+        if bos_token_id is not None:
+            ids[:, 0] = bos_token_id
         targets = torch.stack([tokens[w.first_target : w.start + w.length + 1] for w in group]).to(model.device)
         if sliced_logits:
             features = model.base_model(input_ids=ids, use_cache=False).last_hidden_state

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,18 +21,18 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from .anatomy import has_no_positions, is_alibi, position_limit
 from .baselines import ALL, BASELINES, Choice, Reach, check_names, choose, with_baseline
 from .comparisons import Key, with_intervals
-from .data import DataArguments, count_bytes, document_numbers, load_tokenizer, load_tokens
+from .data import DataArguments, bos_token_id, count_bytes, document_numbers, load_tokenizer, load_tokens
 from .errors import InputError
 from .evaluation import FULL, Extrapolation, evaluate_extrapolation
-from .lines import protocol_lengths, protocol_title, protocols
+from .lines import protocol_lengths, protocol_title, protocols, tokens_seen
 from .loading import load_complete
 from .memory import check_memory
 from .passkey import PasskeyProbe, PasskeyRow, PasskeyText, evaluate_passkey
 from .plots import loss_by_position, passkey_map, perplexity_by_length, require_matplotlib
 from .report import passkey_rows, table_rows, write_report
-from .results import Results, check_output_dir, environment, write_results
+from .results import METRICS_FILE, Results, check_output_dir, environment, write_results
 from .settings import load_settings, one_line
-from .verdicts import in_short
+from .verdicts import findings
 from .windows import check_protocol
 
 __all__ = ["ComparisonArguments", "ExtrapolateArguments", "Protocol", "compare", "extrapolate"]
@@ -53,8 +53,7 @@ class Protocol(NamedTuple):
     lengths: list[int]
     train_length: int
     scored_tokens: int
-    stride: int
-    stride_share: float
+    stride: int | None
 
 
 @dataclass(kw_only=True)
@@ -69,11 +68,18 @@ class ComparisonArguments:
         metadata={"help": "Held-out tokens scored, a multiple of every length. Default: 4 x the longest length."},
     )
     stride: int | None = field(
-        default=None, metadata={"help": "Stride of the sliding window. Default: half the shortest length."}
+        default=None,
+        metadata={
+            "help": "Stride of the sliding window at every length, at most an eighth of the shortest length. Default: "
+            "an eighth of each length."
+        },
     )
-    stride_share: float = field(
-        default=0.0,
-        metadata={"help": "Share of the length that is the stride where it is more; 0.0625 makes long windows cheap."},
+    window_bos: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Begin each window with the tokenizer's beginning-of-sequence token, in place of its oldest token. "
+            "Default: if documents begin with it."
+        },
     )
     baselines: list[str] | None = field(
         default=None,
@@ -157,8 +163,7 @@ class ExtrapolateArguments(ComparisonArguments):
             lengths=lengths,
             train_length=self.train_length,
             scored_tokens=4 * math.lcm(*lengths) if self.scored_tokens is None else self.scored_tokens,
-            stride=max(1, lengths[0] // 2) if self.stride is None else self.stride,
-            stride_share=self.stride_share,
+            stride=self.stride,
         )
 
 
@@ -208,6 +213,8 @@ class _Source:
             "dtype": str(self.dtype).removeprefix("torch."),
             "parameters": self.parameters,
             "position_limit": self.position_limit,
+            "made_for": self._made_for(),
+            "training": self._training(),
             "baselines": baselines.labels,
             "left_out": baselines.left_out,
         }
@@ -218,6 +225,23 @@ class _Source:
         if not is_alibi(self.config):
             return "original"
         return "nope" if has_no_positions(self.config) else "alibi"
+
+    def _made_for(self) -> int | None:
+        """The length in tokens that the model was made for, by its config; None if that does not say."""
+        config = self.config.get_text_config()
+        field = "alibi_train_length" if is_alibi(self.config) else "max_position_embeddings"
+        length: int | None = getattr(config, field, None)
+        return length
+
+    def _training(self) -> dict[str, int] | None:
+        """How long `hf-alibi finetune` or `convert` trained it; None if no metrics of a training lie beside it."""
+        try:
+            metrics = json.loads((self.folder / METRICS_FILE).read_text(encoding="utf-8"))
+            config = metrics["config"]
+            distilled = config["distill_tokens"] * config["distill_epochs"] if self.kind == "alibi" else 0
+            return {"steps": metrics["steps"], "tokens": metrics["tokens_seen"], "distilled": distilled}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def _positions(self) -> str:
         words = {"alibi": "ALiBi", "nope": "none (ALiBi, all slopes 0)"}
@@ -249,7 +273,8 @@ def compare(args: ExtrapolateArguments, data: DataArguments) -> Results:
     tokens = _load_tokens(data, tokenizer)
     check_protocol(len(tokens), **protocol._asdict())
     _check_vocabularies(sources, tokens, tokenizer, shared=data.tokenizer_name is not None)
-    text = PasskeyText(tokenizer) if probe is not None else None
+    window_bos = bos_token_id(tokenizer, data.document_bos if args.window_bos is None else args.window_bos)
+    text = PasskeyText(tokenizer, window_bos) if probe is not None else None
     if probe is not None and text is not None:
         probe.check(text)
     lengths = sorted({*protocol.lengths, *(probe.lengths if probe else ())})
@@ -263,13 +288,27 @@ def compare(args: ExtrapolateArguments, data: DataArguments) -> Results:
     num_bytes = count_bytes(scored, tokenizer)
     done = {
         source.name: _evaluate(
-            source, baselines[source.name], args, reach, tokens, text=text, device=device, num_bytes=num_bytes
+            source,
+            baselines[source.name],
+            args,
+            reach,
+            tokens,
+            text=text,
+            window_bos=window_bos,
+            device=device,
+            num_bytes=num_bytes,
         )
         for source in sources
     }
     results: Results = {
         "kind": "extrapolation",
-        "settings": {**protocol._asdict(), "text": _describe_text(data), "scored_bytes": num_bytes},
+        "settings": {
+            **protocol._asdict(),
+            "text": _describe_text(data),
+            "scored_bytes": num_bytes,
+            "document_bos": _token(tokenizer, bos_token_id(tokenizer, data.document_bos)),
+            "window_bos": _token(tokenizer, window_bos),
+        },
         "environment": environment(),
         "models": {source.name: source.describe(baselines[source.name]) for source in sources},
         **_numbers(done, document_numbers(scored, tokenizer), sources, protocol),
@@ -401,6 +440,7 @@ def _evaluate(
     tokens: Tensor,
     *,
     text: PasskeyText | None,
+    window_bos: int | None,
     device: torch.device,
     num_bytes: int,
 ) -> _Done:
@@ -418,7 +458,13 @@ def _evaluate(
             name = source.name if context == FULL else f"{source.name}, {baselines.labels[context]}"
             cropped = context == FULL and _is_cropped(source, args)
             done.perplexities[context] = evaluate_extrapolation(
-                variant, tokens, num_bytes=num_bytes, name=name, cropped=cropped, **protocol._asdict()
+                variant,
+                tokens,
+                bos_token_id=window_bos,
+                num_bytes=num_bytes,
+                name=name,
+                cropped=cropped,
+                **protocol._asdict(),
             )
             if probe is not None and text is not None:
                 rows = evaluate_passkey(variant, text, probe, name=name, limit=source.position_limit)
@@ -465,7 +511,11 @@ def _describe_text(data: DataArguments) -> str:
     if data.validation_file is not None:
         return ", ".join(Path(path).name for path in data.validation_file)
     source = data.dataset_name or ", ".join(Path(path).name for path in data.train_file or ())
-    return f"the last {data.validation_fraction:.3g} of the tokens of {source}"
+    return f"the last {100 * data.validation_fraction:.3g} % of the tokens of {source}"
+
+
+def _token(tokenizer: Tokenizer, token_id: int | None) -> str | None:
+    return None if token_id is None else str(tokenizer.convert_ids_to_tokens(token_id))
 
 
 def _write(results: Results, output_dir: Path) -> list[Path]:
@@ -483,16 +533,18 @@ def _print(results: Results, paths: Sequence[Path], console: Console) -> None:
     """Print the perplexities, one table a protocol, the keys found, what it comes to, and where the files are."""
     for protocol in protocols(results):
         title = f"Perplexity. {protocol_title(results, protocol)}"
-        _print_table(console, title, protocol_lengths(results, protocol), table_rows(results, protocol, "perplexity"))
+        seen = ("tokens seen", tokens_seen(results, protocol))
+        rows = [seen, *table_rows(results, protocol, "perplexity")]
+        _print_table(console, title, protocol_lengths(results, protocol), rows)
     if "passkey" in results:
         _print_table(console, "Passkeys found", results["passkey"]["lengths"], passkey_rows(results))
-    for sentence in in_short(results):
+    for sentence in findings(results):
         console.print(sentence.replace("**", ""), markup=False)
     for path in paths:
         console.print(str(path), markup=False, soft_wrap=True)
 
 
-def _print_table(console: Console, title: str, lengths: Sequence[int], rows: Iterator[tuple[str, list[str]]]) -> None:
+def _print_table(console: Console, title: str, lengths: Sequence[int], rows: Iterable[tuple[str, list[str]]]) -> None:
     table = Table(title=title)
     table.add_column("model")
     for length in lengths:

@@ -19,6 +19,7 @@ __all__ = [
     "protocols",
     "stride_words",
     "times",
+    "tokens_seen",
 ]
 
 _TIMES = "\N{MULTIPLICATION SIGN}"
@@ -38,8 +39,18 @@ def protocol_title(results: Results, protocol: str) -> str:
 
 def stride_words(results: Results) -> str:
     """The stride of the sliding window in words."""
-    share = results["settings"]["stride_share"]
-    return f"stride {results['settings']['stride']}" + (f" or {share:.3g} of the length" if share else "")
+    stride = results["settings"]["stride"]
+    return "stride an eighth of the length" if stride is None else f"stride {stride}"
+
+
+def tokens_seen(results: Results, protocol: str) -> list[str]:
+    """How many tokens a scored token sees before it at each length under a protocol, such as "225–256"."""
+    seen = {
+        row["length"]: (row["fewest_seen"], row["most_seen"])
+        for row in results["rows"]
+        if row["protocol"] == protocol and row["context"] != "cropped"
+    }
+    return [f"{fewest}–{most}" if fewest < most else str(most) for _, (fewest, most) in sorted(seen.items())]
 
 
 def protocol_lengths(results: Results, protocol: str) -> list[int]:

@@ -7,7 +7,9 @@ import yaml
 
 from .data import PYTHON_DOCS
 
-__all__ = ["model_card"]
+__all__ = ["CARD_FILE", "model_card"]
+
+CARD_FILE = "README.md"
 
 _ATTENTION = {
     "alibi": "Attention with Linear Biases (ALiBi): no position embeddings, no maximum length but memory",
@@ -16,10 +18,10 @@ _ATTENTION = {
 }
 
 
-def model_card(metrics: dict[str, Any]) -> str:
+def model_card(metrics: dict[str, Any], *, price: str | None = None) -> str:
     """Return the README.md of a checkpoint: the hub's front matter, what it is, and how to load it.
 
-    `metrics` is what `training.train` returns.
+    `metrics` is what `training.train` returns, `price` the sentence of `converting.cost`.
     """
     config = metrics["config"]
     base, is_hub_name = _public_name(config["model_name_or_path"])
@@ -48,23 +50,35 @@ def model_card(metrics: dict[str, Any]) -> str:
         f"- Training data: {_data_name(config)}",
         f"- Training length: {config['block_size']} tokens; "
         f"{metrics['steps']:,} steps, {metrics['tokens_seen']:,} tokens",
-        f"- Training loss: {_number(metrics['train_loss'])} nats per token"
-        + (", from what a teacher predicts" if config["teacher_name_or_path"] else ""),
+        f"- Training loss: mean of the run {_number(metrics['train_loss'])}, last logged "
+        f"{_number(metrics['last_train_loss'])} nats per token{_what_training_adds(config)}",
         f"- Held-out loss: {_number(metrics['eval_loss'])} nats per token, "
         f"perplexity {_number(metrics['perplexity'])}, {_number(metrics['bits_per_byte'])} bits per byte "
-        f"(blocks of {config['block_size']} tokens)",
+        f"(non-overlapping blocks of {config['block_size']} tokens, whose tokens see 1 to {config['block_size'] - 1} "
+        "before them)",
+        *([] if price is None else [f"- Price of the conversion. {price}"]),
         "",
-        "``python",
+        "```python",
         *([] if config["attention"] == "original" else ["import hf_alibi  # registers the ALiBi classes"]),
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("{name}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        "``",
+        "```",
         "",
         "`config.yaml` holds every setting of the run, `metrics.json` every number.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _what_training_adds(config: dict[str, Any]) -> str:
+    """What the training loss is besides the loss of the text; the held-out loss has none of it."""
+    parts = []
+    if config["teacher_name_or_path"]:
+        parts.append("the distance to what a teacher predicts")
+    elif config["label_smoothing_factor"]:
+        parts.append(f"label smoothing of {config['label_smoothing_factor']:g} included")
+    return f" ({parts[0]})" if parts else ""
 
 
 def _recipe(config: dict[str, Any]) -> list[str]:

@@ -40,9 +40,12 @@ class PasskeyCase(NamedTuple):
 
 
 class PasskeyText:
-    """The parts of the prompts as tokens of one tokenizer, put together to any exact number of tokens."""
+    """The parts of the prompts as tokens of one tokenizer, put together to any exact number of tokens.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    With `bos_token_id` every prompt begins with that token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, bos_token_id: int | None = None) -> None:
         def encode(text: str) -> list[int]:
             ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
             return ids
@@ -51,6 +54,8 @@ class PasskeyText:
         self._opening, self._before_key, self._after_key, self._question, self._filler = (
             encode(text) for text in (_OPENING, _BEFORE_KEY, _AFTER_KEY, _QUESTION, _FILLER)
         )
+        if bos_token_id is not None:
+            self._opening = [bos_token_id, *self._opening]
         if encode(" 12345") == encode(" 67890"):
             raise InputError("the tokenizer gives all numbers the same tokens, so no passkey can be told from another")
 
@@ -204,14 +209,18 @@ def _answers(model: PreTrainedModel, cases: Sequence[PasskeyCase]) -> Iterator[b
         yield torch.equal(said[-case.answer :], case.tokens[-case.answer :])
 
 
-def passkey_training_tokens(tokenizer: PreTrainedTokenizerBase, *, block_size: int, blocks: int, seed: int) -> Tensor:
+def passkey_training_tokens(
+    tokenizer: PreTrainedTokenizerBase, *, block_size: int, blocks: int, seed: int, bos_token_id: int | None = None
+) -> Tensor:
     """Cases to train on, each followed by the end-of-sequence token, so that every block holds whole cases only.
+
+    With `bos_token_id` each begins with that token.
 
     Their keys are never those of a `PasskeyProbe`, their depths any, their lengths spread up to the block.
 
     Returns int64 of shape (blocks * block_size,). Raises `InputError` where a block is too short for a case.
     """
-    text = PasskeyText(tokenizer)
+    text = PasskeyText(tokenizer, bos_token_id)
     shortest = text.shortest() + 1  # with the end-of-sequence token
     if block_size < shortest:
         raise InputError(

@@ -176,7 +176,7 @@ def loss_by_position(results: Results, path: Path) -> None:
         middles = [math.sqrt(point["first"] * point["last"]) for point in curve["bins"]]
         nats = [point["nats_per_token"] for point in curve["bins"]]
         values += nats
-        label = f"{model} ({curve['windows']} windows of {curve['length']} tokens)"
+        label = f"{model} ({curve['windows']} window{'' if curve['windows'] == 1 else 's'} of {curve['length']} tokens)"
         panel.plot(middles, nats, "-o", color=colours[model], markersize=3, label=label)
     longest = max((curve["length"] for curve in curves.values()), default=settings["train_length"])
     _length_axis(panel, _powers_of_two(max(longest, settings["train_length"])), settings["train_length"])

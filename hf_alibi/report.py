@@ -17,44 +17,47 @@ from .lines import (
     protocols,
     stride_words,
     times,
+    tokens_seen,
 )
 from .results import Results, replacing
-from .verdicts import in_short, passkey_statements, statements
+from .verdicts import findings
 
 __all__ = ["passkey_rows", "table_rows", "write_report"]
 
 _TITLE = "Perplexity beyond the training length"
 
 _INTRODUCTION = (
-    "The same {tokens} tokens of held-out text are scored at every length and for every model; only the "
-    "context before them varies. Every token counts once and equally."
+    "The same {tokens} tokens of held-out text are scored at every length and for every model; only the context before "
+    "them varies. Every token counts once and equally."
 )
 
 _PROTOCOLS = {
     "sliding": (
-        "Windows of the given length move by a stride of tokens and score only their last targets, as many, "
-        "which have less than a stride of context less than the length ({stride}). A difference between two "
-        "lengths is what the model makes of the tokens further away."
+        "Each token is scored with nearly the whole length before it: a window of that length moves on by its stride "
+        "({stride}) and scores only the tokens that are new in it."
     ),
     "non_overlapping": (
-        "Windows lie end to end and score all their targets, the first of which have almost no context. "
-        "Longer windows have fewer such targets, so this perplexity falls with length even for a model "
-        "that uses only the few tokens before a target (the early-token curse): a falling curve here is "
-        "no evidence that distant context is used."
+        "Windows lie end to end and score all their tokens, the first of which have almost no context. Longer windows "
+        "have fewer such tokens, so this perplexity falls with length even for a model that uses only the few tokens "
+        "before each (the early-token curse)."
     ),
 }
 
-_WHY_CROPPED = (
-    "A cropped model still reads the most recent {train_length} tokens, which hold most of what helps to "
-    "predict the next one. So cropping, which needs no training, is a strong baseline in perplexity; a "
-    "model that extrapolates has to be measured against it, not only against one that fails."
+_SEEN = "tokens seen"
+
+_CROPPED = (
+    "**Cropped to {train_length}**: the same model, which reads only the last {train_length} tokens at every length. "
+    "It needs no training, and these tokens hold most of what helps to predict the next one: a strong baseline."
 )
 
-_BASELINES = (
-    "Each baseline is a change of the config on the same weights, without training, for the longest length evaluated: "
-    "RoPE scaling as transformers does it, by the longest length / `max_position_embeddings`; a window in which every "
-    "layer sees the last {train_length} tokens; the slopes of a converted model scaled by the longest length / "
-    "{train_length}."
+_SLIDING_WINDOW = (
+    "**Window of {train_length}**: the same model, which reads the whole length, but each of whose layers sees only "
+    "the last {train_length} tokens."
+)
+
+_OTHER_BASELINES = (
+    "**Scaled rotations and slopes**: the same weights, without training. RoPE scaling is that of transformers, by the "
+    "longest length / `max_position_embeddings`; slopes are scaled by the longest length / {train_length}."
 )
 
 _INTERVALS = {
@@ -140,20 +143,18 @@ def _share(row: Mapping[str, Any]) -> str:
 def _sections(results: Results) -> Iterator[str]:
     yield f"# {_TITLE}"
     yield _compared(results)
-    if brief := list(in_short(results)):
-        yield "## In short"
-        yield _bullets(brief)
-    yield from _baselines(results)
     for protocol in protocols(results):
         yield _protocol_section(results, protocol)
     yield "![Perplexity against evaluation length, one panel a protocol](perplexity.png)"
-    yield "## What the numbers say"
-    yield _bullets(statements(results))
-    yield from _cropped_note(results)
+    yield from _ratios(results)
     yield from _passkey(results)
+    yield "## Findings"
+    yield _bullets(findings(results))
     yield "## Loss by position"
     yield _position_text(results)
     yield "![Loss against the position in the window](position_loss.png)"
+    yield "## What the models and baselines are"
+    yield _bullets(_definitions(results))
     yield "## What the numbers do not show"
     yield _bullets([*_LIMITS[:1], _PASSKEY_LIMITS["passkey" in results], *_LIMITS[1:]])
     yield "## How it was run"
@@ -162,13 +163,15 @@ def _sections(results: Results) -> Iterator[str]:
 
 def _compared(results: Results) -> str:
     settings = results["settings"]
-    header = ["model", "source", "type", "positions", "attention", "dtype", "parameters"]
+    header = ["model", "source", "type", "positions", "made for", "trained here", "attention", "dtype", "parameters"]
     cells = [
         [
             name,
             f"`{model['source']}`",
             model["model_type"],
             model["positions"],
+            _made_for(results, name),
+            _trained(model),
             model["attention"],
             model["dtype"],
             f"{model['parameters']:,}",
@@ -178,22 +181,84 @@ def _compared(results: Results) -> str:
     introduction = _INTRODUCTION.format(tokens=f"{settings['scored_tokens']:,}")
     text = settings.get("text")
     source = f" Text: {text}." if text else ""
-    train_length = f" Training length: {settings['train_length']} tokens."
+    train_length = (
+        f" Lengths are multiples of {settings['train_length']} tokens, the length that conversions are trained at; the "
+        f'row "{_SEEN}" says how many tokens each scored token has before it.'
+    )
     return f"{introduction}{source}{train_length}\n\n{markdown_table(header, cells)}"
 
 
-def _baselines(results: Results) -> Iterator[str]:
-    """What the baselines are, and why a model has not all that are made for it."""
-    models = results["models"]
+def _trained(model: Mapping[str, Any]) -> str:
+    training = model["training"]
+    return "not known" if training is None else f"{training['steps']:,} steps, {training['tokens']:,} tokens"
+
+
+def _made_for(results: Results, model: str) -> str:
+    """For which length a model was made, and at which a conversion was trained."""
+    described = results["models"][model]
+    length = described["made_for"]
+    if described["kind"] != "original":
+        return "any length" if length is None else f"any length, trained at {length:,}"
+    return "not said" if length is None else f"{length:,} tokens"
+
+
+def _ratios(results: Results) -> Iterator[str]:
+    """A table for each converted model: its perplexity divided by that of every other line at the same length."""
+    protocol = protocols(results)[0]
+    entries = [
+        entry
+        for entry in results["comparisons"]
+        if entry["protocol"] == protocol and entry["length"] == entry["against_length"]
+    ]
+    lengths, title = protocol_lengths(results, protocol), protocol_title(results, protocol).lower()
+    for model in dict.fromkeys(entry["model"] for entry in entries):
+        cells = []
+        for other in lines(results):
+            found = {
+                entry["length"]: format_interval(entry["ratio"], entry["ratio_low"], entry["ratio_high"])
+                for entry in entries
+                if (entry["model"], entry["against_model"], entry["against_context"]) == (model, *other)
+            }
+            if found:
+                cells.append([line_name(results, *other), *(found.get(length, "-") for length in lengths)])
+        yield (
+            f"Perplexity of **{model}** divided by that of another model at the same length, {title} (below 1: it is "
+            "better), in brackets the paired 95 % interval:"
+        )
+        yield markdown_table(["divided by", *map(str, lengths)], cells)
+
+
+def _definitions(results: Results) -> Iterator[str]:
+    """What each baseline is, and why a model does not have all that are made for it."""
+    models, train_length = results["models"], results["settings"]["train_length"]
+    if any(row["context"] == "cropped" for row in results["rows"]):
+        yield _CROPPED.format(train_length=train_length)
+    chosen = {baseline for model in models.values() for baseline in model["baselines"]}
+    if "sliding_window" in chosen:
+        yield _SLIDING_WINDOW.format(train_length=train_length)
+    if chosen - {"sliding_window"}:
+        yield _OTHER_BASELINES.format(train_length=train_length)
     left_out: dict[tuple[str, str], list[str]] = {}
     for name, model in models.items():
         for baseline, reason in model["left_out"].items():
             left_out.setdefault((name, reason), []).append(f"`{baseline}`")
-    if left_out or any(model["baselines"] for model in models.values()):
-        yield "## Baselines"
-        yield _BASELINES.format(train_length=results["settings"]["train_length"])
-    if left_out:
-        yield _bullets([f"**{name}** has no {listed(left, 'or')}: {why}." for (name, why), left in left_out.items()])
+    for (name, why), left in left_out.items():
+        yield f"**{name}** has no {listed(left, 'or')}: {why}."
+    yield f"**Beginning of sequence**: {_bos(results)}"
+
+
+def _bos(results: Results) -> str:
+    settings = results["settings"]
+    documents, windows = (settings[name] for name in ("document_bos", "window_bos"))
+    parts = [
+        f"every document begins with `{documents}`" if documents else "no document begins with a token of its own",
+        f"every window begins with `{windows}`, in place of its oldest token" if windows else "nor does any window",
+    ]
+    if documents and not windows:
+        parts[1] = "windows begin in the middle of documents, without one"
+    if windows and not documents:
+        parts[0] = "documents have none"
+    return "; ".join(parts) + ". End-of-sequence tokens stand between documents and are scored as any other token."
 
 
 def _protocol_section(results: Results, protocol: str) -> str:
@@ -211,13 +276,9 @@ def _protocol_section(results: Results, protocol: str) -> str:
     )
     for value, title, intervals in tables:
         cells = [[name, *cells] for name, cells in table_rows(results, protocol, value, intervals=intervals)]
-        parts += [title, markdown_table(["model", *lengths], cells)]
+        rows = [[_SEEN, *tokens_seen(results, protocol)], *cells]
+        parts += [title, markdown_table(["model", *lengths], rows)]
     return "\n\n".join(parts)
-
-
-def _cropped_note(results: Results) -> Iterator[str]:
-    if any(row["context"] == "cropped" for row in results["rows"]):
-        yield _WHY_CROPPED.format(train_length=results["settings"]["train_length"])
 
 
 def _passkey(results: Results) -> Iterator[str]:
@@ -228,18 +289,16 @@ def _passkey(results: Results) -> Iterator[str]:
     header = ["keys found", *map(str, results["passkey"]["lengths"])]
     yield markdown_table(header, [[name, *cells] for name, cells in passkey_rows(results)])
     yield "![Share of keys found by depth and length, one panel a model](passkey.png)"
-    yield _bullets(passkey_statements(results))
 
 
 def _position_text(results: Results) -> str:
     windows = ", ".join(
-        f"{model}: {curve['windows']} windows of {curve['length']} tokens"
+        f"{model}: {curve['windows']} window{'' if curve['windows'] == 1 else 's'} of {curve['length']} tokens"
         for model, curve in results["position_loss"].items()
     )
     return (
-        "Mean loss of the targets with a given number of tokens before them, over the non-overlapping "
-        f"windows of the greatest length that it was read in ({windows}). Few windows make the first "
-        "positions noisy."
+        "Mean loss of the tokens that have a given number of tokens before them, in the longest non-overlapping "
+        f"windows ({windows}). Few windows make the first positions noisy."
     )
 
 

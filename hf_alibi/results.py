@@ -17,6 +17,7 @@ from .errors import InputError
 from .settings import one_line
 
 __all__ = [
+    "METRICS_FILE",
     "SCHEMA_VERSION",
     "Results",
     "check_output_dir",
@@ -30,7 +31,11 @@ __all__ = [
 # they come from. Later kinds of runs add rows with further fields and keys beside "rows".
 Results = dict[str, Any]
 
-SCHEMA_VERSION = 1
+# Schema 2: rows say what scored tokens see, models how long they were trained; `stride` may be null.
+SCHEMA_VERSION = 2
+
+# What a training leaves beside its model: every number and setting of the run.
+METRICS_FILE = "metrics.json"
 
 _PACKAGES = ("hf-alibi", "torch", "transformers", "accelerate", "datasets", "tokenizers")
 

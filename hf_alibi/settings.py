@@ -1,6 +1,5 @@
 """The settings of a run: dataclasses filled from a YAML file, with overrides from the command line."""
 
-import copy
 import dataclasses
 import difflib
 import json
@@ -20,7 +19,7 @@ __all__ = ["load_settings", "make_settings", "one_line", "read_yaml", "resolve_s
 # An action, a secret, a process number, a consequence of eval_strategy: not needed to repeat a run.
 _NOT_SAVED = frozenset({"resume_from_checkpoint", "hub_token", "local_rank", "do_eval"})
 
-# Where nothing but the CPU is there, using it was no choice, nor is what follows from it.
+# Set automatically on CPU-only machines, so not saved.
 _OF_THE_CPU = frozenset({"use_cpu", "dataloader_pin_memory"})
 
 
@@ -103,18 +102,20 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def resolve_settings(settings: Iterable[Any]) -> dict[str, Any]:
-    """Return the settings of a run as plain values, from which `load_settings` rebuilds the same instances.
+    """Return every setting of a run as a plain value, from which `load_settings` rebuilds the same instances.
 
-    Of TrainingArguments only the fields that differ from their defaults are kept, of other dataclasses all.
+    Of TrainingArguments that is what its `to_dict` has, without secrets and what depends on the machine.
     """
     resolved: dict[str, Any] = {}
     not_saved = _NOT_SAVED if torch.accelerator.is_available() else _NOT_SAVED | _OF_THE_CPU
     for instance in settings:
-        defaults = _defaults(instance)
-        for field in dataclasses.fields(instance):
-            value = getattr(instance, field.name)
-            if field.init and field.name not in not_saved and (not defaults or value != defaults[field.name]):
-                resolved[field.name] = _plain(value)
+        is_training = isinstance(instance, TrainingArguments)
+        values = instance.to_dict() if is_training else vars(instance)
+        names = [field.name for field in dataclasses.fields(instance) if field.init and field.name not in not_saved]
+        for name in names:
+            value = _plain(values[name])
+            # TrainingArguments makes empty lists of fields that were not given, and takes none back.
+            resolved[name] = None if is_training and value == [] else value
     return resolved
 
 
@@ -164,23 +165,6 @@ def _as_text(value: Any) -> str:
     if isinstance(value, bool | dict | list):
         return json.dumps(value)
     return str(value)
-
-
-def _defaults(instance: Any) -> dict[str, Any]:
-    """Return what TrainingArguments would hold had the user given nothing; empty for other dataclasses."""
-    if not isinstance(instance, TrainingArguments):
-        return {}
-    # A new instance would set up devices again and so lose the process group of a distributed run; a copy keeps them.
-    untouched = copy.copy(instance)
-    for field in dataclasses.fields(instance):
-        if field.init:
-            value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            setattr(untouched, field.name, value)
-    untouched.__post_init__()
-    defaults = dict(vars(untouched))
-    # No default of ours names a folder, so the one in use is always worth keeping.
-    defaults["output_dir"] = None
-    return defaults
 
 
 def _plain(value: Any) -> Any:

@@ -22,7 +22,7 @@ from .anatomy import self_attentions
 from .data import TokenBlocks
 from .errors import InputError
 
-__all__ = ["RateScales", "check_weights", "divergence", "make_trainer"]
+__all__ = ["RateScales", "check_weights", "divergence", "make_trainer", "next_token_loss"]
 
 
 class RateScales(NamedTuple):
@@ -84,8 +84,17 @@ def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
     return nn.functional.kl_div(predicted, target, reduction="batchmean", log_target=True)
 
 
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of each label that is not -100, given the logits of the position before it.
+
+    `logits` (batch, tokens, vocabulary), `labels` (batch, tokens), int64. It is the loss of the text alone: whatever
+    training adds (label smoothing, the auxiliary losses of mixtures of experts, a teacher) is not in it.
+    """
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+
+
 class AlibiTrainer(Trainer):
-    """Trainer with rate scales and a teacher.
+    """Trainer with rate scales and a teacher. Held-out losses are `next_token_loss`, whatever training adds to its own.
 
     It stops at the first loss that is not finite, before the weights take the step.
     """
@@ -101,13 +110,16 @@ class AlibiTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Tensor | tuple[Tensor, Any]:
-        if self._teacher is None or not model.training:
+        if self._teacher is None and model.training:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)  # type: ignore[no-any-return]
         text = {name: value for name, value in inputs.items() if name != "labels"}
         outputs = model(**text)
-        with torch.no_grad(), self.accelerator.autocast():
-            wanted = self._teacher(**text, use_cache=False).logits
-        loss = divergence(outputs.logits, wanted)
+        if not model.training:
+            loss = next_token_loss(outputs.logits, inputs["labels"])
+        else:
+            with torch.no_grad(), self.accelerator.autocast():
+                wanted = self._teacher(**text, use_cache=False).logits  # type: ignore[misc]
+            loss = divergence(outputs.logits, wanted)
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

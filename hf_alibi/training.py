@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,19 +39,16 @@ from .data import (
 )
 from .errors import InputError
 from .loading import load_complete
-from .model_card import model_card
+from .model_card import CARD_FILE, model_card
 from .patching import apply_alibi
-from .results import check_output_dir, environment, replacing
+from .results import METRICS_FILE, check_output_dir, environment, replacing
 from .settings import load_settings, one_line, resolve_settings, save_settings
 from .trainer import RateScales, check_weights, make_trainer
 from .verification import verify_alibi
 
-__all__ = ["METRICS_FILE", "FinetuneArguments", "finetune", "load_model", "train"]
-
-METRICS_FILE = "metrics.json"
+__all__ = ["FinetuneArguments", "finetune", "load_model", "train"]
 
 _CONFIG_FILE = "config.yaml"
-_CARD_FILE = "README.md"
 _MAX_NATS = 709.0  # exp of more overflows a float
 
 
@@ -182,7 +180,7 @@ def train(
         (output_dir / "training_args.bin").unlink(missing_ok=True)
         with replacing(output_dir / METRICS_FILE) as path:
             path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        with replacing(output_dir / _CARD_FILE) as path:
+        with replacing(output_dir / CARD_FILE) as path:
             path.write_text(model_card(metrics), encoding="utf-8")
     return metrics
 
@@ -433,8 +431,13 @@ def _metrics(state: TrainerState, eval_loss: float | None) -> dict[str, Any]:
         for key in ("loss", "eval_loss")
         if key in entry
     ]
+    logged = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    # Each logged loss is the mean of the steps since the one before.
+    steps = [step - before for (before, _), (step, _) in pairwise([(0, 0.0), *logged])]
+    total = math.fsum(count * loss for count, (_, loss) in zip(steps, logged, strict=True))
     return {
-        "train_loss": next((entry["loss"] for entry in reversed(history) if "loss" in entry), None),
+        "train_loss": total / sum(steps) if logged else None,
+        "last_train_loss": logged[-1][1] if logged else None,
         "eval_loss": eval_loss,
         "perplexity": math.exp(eval_loss) if eval_loss is not None and eval_loss < _MAX_NATS else None,
         "steps": state.global_step,

@@ -12,6 +12,7 @@ __all__ = [
     "SLIDING",
     "Window",
     "check_protocol",
+    "context_seen",
     "non_overlapping_windows",
     "sliding_windows",
     "stride_at",
@@ -20,6 +21,9 @@ __all__ = [
 SLIDING = "sliding"
 NON_OVERLAPPING = "non_overlapping"
 PROTOCOLS = (SLIDING, NON_OVERLAPPING)
+
+# A window's length divided by this is the default stride of the sliding protocol, and the largest one allowed.
+_STRIDES_IN_A_WINDOW = 8
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,24 @@ class Window:
         return self.start + self.length + 1 - self.first_target
 
 
-def stride_at(length: int, stride: int, stride_share: float) -> int:
-    """Stride of the sliding window at a length: `stride`, or that share of the length where it is more.
+def stride_at(length: int, stride: int | None = None) -> int:
+    """Stride of the sliding protocol at a length: `stride`, by default an eighth of the length.
 
-    >>> stride_at(1024, 256, 1 / 16), stride_at(32768, 256, 1 / 16)
-    (256, 2048)
+    >>> stride_at(256), stride_at(4096), stride_at(256, 16)
+    (32, 512, 16)
     """
-    return max(stride, int(length * stride_share))
+    return max(1, length // _STRIDES_IN_A_WINDOW) if stride is None else stride
+
+
+def context_seen(protocol: str, length: int, *, scored_tokens: int, stride: int | None = None) -> tuple[int, int]:
+    """Smallest and greatest number of tokens that a scored token sees before it, in windows of `length`.
+
+    >>> context_seen(SLIDING, 256, scored_tokens=8192), context_seen(NON_OVERLAPPING, 256, scored_tokens=8192)
+    ((225, 256), (1, 256))
+    """
+    if protocol == NON_OVERLAPPING:
+        return 1, length
+    return length - min(stride_at(length, stride), scored_tokens) + 1, length
 
 
 def sliding_windows(num_tokens: int, *, length: int, scored_tokens: int, stride: int) -> list[Window]:
@@ -73,26 +88,23 @@ def non_overlapping_windows(num_tokens: int, *, length: int, scored_tokens: int)
 
 
 def check_protocol(
-    num_tokens: int,
-    *,
-    lengths: Sequence[int],
-    train_length: int,
-    scored_tokens: int,
-    stride: int,
-    stride_share: float = 0.0,
+    num_tokens: int, *, lengths: Sequence[int], train_length: int, scored_tokens: int, stride: int | None = None
 ) -> None:
-    """Check that lengths, stride and number of tokens fit together; raises `InputError` where not."""
+    """Check that lengths, stride and number of tokens fit together; raises `InputError` if not."""
     if not lengths or min(lengths) < 1 or len(set(lengths)) != len(lengths):
         raise InputError(f"lengths {list(lengths)} given; give one or more different numbers of tokens, each >= 1")
     if train_length not in lengths:
         raise InputError(
             f"train_length {train_length} is not among lengths {list(lengths)}; add it, the comparison starts there"
         )
-    if not 1 <= stride <= min(lengths):
-        raise InputError(f"stride {stride} given; allowed: 1 to the smallest length, {min(lengths)}")
-    if not 0 <= stride_share < 1:
-        raise InputError(f"stride_share {stride_share} given; it is a share of the length, at least 0 and below 1")
-    # Windows longer than what is scored only slide.
+    largest = stride_at(min(lengths))
+    if stride is not None and not 1 <= stride <= largest:
+        raise InputError(
+            f"stride {stride} given; allowed: 1 to {largest}, an eighth of the smallest length, {min(lengths)}. With a "
+            "larger one, tokens that should see the whole length see much less of it, and the perplexity comes out too "
+            "high; leave stride out for an eighth of each length"
+        )
+    # Windows longer than the scored tokens only slide.
     tiling = [length for length in lengths if length <= max(scored_tokens, train_length)]
     multiple = math.lcm(*tiling)
     if scored_tokens < 1 or scored_tokens % multiple:
@@ -101,11 +113,11 @@ def check_protocol(
             f"scored_tokens {scored_tokens} given; windows of {', '.join(map(str, tiling))} tokens tile "
             f"multiples of {multiple} only, so set it to {nearest}"
         )
-    longest = max(lengths)
-    before = longest - min(stride_at(longest, stride, stride_share), scored_tokens) + 1
+    # How far before the first scored token the windows of each length begin.
+    before = max(context_seen(SLIDING, length, scored_tokens=scored_tokens, stride=stride)[0] for length in lengths)
     if num_tokens < scored_tokens + before:
         raise InputError(
-            f"the text has {num_tokens} tokens and {scored_tokens + before} are needed ({scored_tokens} "
-            f"scored and {before} before them as context of the longest length {longest}); "
+            f"the text has {num_tokens} tokens and {scored_tokens + before} are needed ({scored_tokens} scored and "
+            f"{before} before them as context of the longest length {max(lengths)}); "
             "give more text, fewer scored_tokens or shorter lengths"
         )

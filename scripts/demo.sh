@@ -38,7 +38,7 @@ if [ -n "$model" ]; then
     # A real model takes seconds a step on a CPU: fewer steps, and fewer tokens scored.
     finetune=(--max_steps "${steps:-20}" --warmup_steps 5 --per_device_train_batch_size 4 --learning_rate 5e-4)
     finetune+=(--eval_strategy no)
-    extrapolate=(--scored_tokens 4096 --stride 256)
+    extrapolate=(--scored_tokens 4096)
 else
     model=$output_dir/pretrained
     echo "== 1. Pretraining with learned positions"
