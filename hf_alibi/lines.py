@@ -33,14 +33,14 @@ def protocols(results: Results) -> list[str]:
 def protocol_title(results: Results, protocol: str) -> str:
     """Name of a protocol with its stride."""
     if protocol == "sliding":
-        return f"Sliding window, {stride_words(results)}"
+        return f"Sliding window, stride {stride_words(results)}"
     return {"non_overlapping": "Non-overlapping windows"}.get(protocol, protocol)
 
 
 def stride_words(results: Results) -> str:
-    """The stride of the sliding window in words."""
+    """How far a sliding window moves on, in words."""
     stride = results["settings"]["stride"]
-    return "stride an eighth of the length" if stride is None else f"stride {stride}"
+    return "an eighth of the length" if stride is None else f"{stride} tokens"
 
 
 def tokens_seen(results: Results, protocol: str) -> list[str]:

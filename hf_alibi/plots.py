@@ -71,7 +71,7 @@ def perplexity_by_length(results: Results, path: Path) -> None:
         for model, context in lines(results):
             drawn = line(results, model, protocol, context)
             _draw_lengths(panel, drawn, line_name(results, model, context), colours[model], styles[model, context])
-        stride = f", {stride_words(results)}" if protocol == "sliding" else ""
+        stride = f", stride {stride_words(results)}" if protocol == "sliding" else ""
         panel.set_title(_TITLES.get(protocol, protocol) + stride, fontsize=11)
         _length_axis(panel, sorted({row["length"] for row in rows}), settings["train_length"])
         panel.set_xlabel("evaluation length (tokens)")

@@ -33,8 +33,8 @@ _INTRODUCTION = (
 
 _PROTOCOLS = {
     "sliding": (
-        "Each token is scored with nearly the whole length before it: a window of that length moves on by its stride "
-        "({stride}) and scores only the tokens that are new in it."
+        "Each token is scored with nearly the whole length before it: a window of that length moves on by {stride} "
+        "and scores only the tokens that are new in it."
     ),
     "non_overlapping": (
         "Windows lie end to end and score all their tokens, the first of which have almost no context. Longer windows "
@@ -312,7 +312,7 @@ def _environment(results: Results) -> str:
     return (
         f"Python {environment['python']}, {packages}; device: {environment['device']}; commit: {commit}. "
         f"Lengths {', '.join(map(str, settings['lengths']))}; {settings['scored_tokens']} tokens scored; "
-        f"{stride_words(results)}. Intervals: {intervals['level']:.0%} percentile bootstrap, "
+        f"stride {stride_words(results)}. Intervals: {intervals['level']:.0%} percentile bootstrap, "
         f"{intervals['resamples']} resamples, {resampling}; ratios are paired, both perplexities being "
         "those of the same tokens. All numbers are in `results.json`, the perplexities in `results.csv` too."
     )

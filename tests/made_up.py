@@ -1,11 +1,15 @@
-"""Results of a comparison with made-up numbers, in the form that `hf-alibi extrapolate` writes."""
+"""Made-up results of a comparison, in the form that `hf-alibi extrapolate` writes, and a made-up tokenizer."""
 
 import math
 from itertools import pairwise, product
 
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
 from hf_alibi.intervals import wilson
 
 PROTOCOLS = ("sliding", "non_overlapping")
+WORDS = [f"w{number}" for number in range(61)]
 KINDS = {"alibi": "ALiBi", "original": "p|q", "nope": "none"}
 
 
@@ -38,6 +42,8 @@ def made_up_results(lines, *, lengths, train_length=None, kinds=None, spread=0.0
             "kind": kind,
             "positions": KINDS[kind],
             "position_limit": next((n for n in lengths if kind == "original"), None),
+            "made_for": lengths[0],
+            "training": {"steps": 2000, "tokens": 1_000_000, "distilled": 300_000 if kind == "alibi" else 0},
             "baselines": {c: (labels or {})[c] for n, c in lines if n == name and c not in ("full", "cropped")},
             "left_out": {},
         }
@@ -48,10 +54,11 @@ def made_up_results(lines, *, lengths, train_length=None, kinds=None, spread=0.0
         "settings": {
             "train_length": train_length,
             "lengths": lengths,
-            "stride": lengths[0] // 2,
-            "stride_share": 0.0,
+            "stride": None,
             "scored_tokens": 8192,
             "text": "some text",
+            "document_bos": None,
+            "window_bos": None,
         },
         "environment": {"python": "3", "device": "cpu", "git_commit": None, "packages": {"torch": "2", "x": None}},
         "intervals": {
@@ -77,6 +84,8 @@ def made_up_row(model, context, protocol, length, perplexity, *, spread):
         "protocol": protocol,
         "length": length,
         "context": context,
+        "fewest_seen": length - length // 8 + 1 if protocol == "sliding" else 1,
+        "most_seen": length,
         "nats_per_token": nats,
         "perplexity": perplexity,
         "bits_per_byte": nats / math.log(2) if perplexity else None,
@@ -108,3 +117,20 @@ def with_keys(results, found, *, lengths, depths=(0.0, 1.0), cases=10):
                 rows.append({"model": model, "context": context, **cell, "status": status})
     probe = {"lengths": list(lengths), "depths": list(depths), "cases": cases, "seed": 0}
     return {**results, "passkey": {**probe, "rows": rows}}
+
+
+def word_tokenizer(*, with_bos):
+    """Words as tokens; like LLaMA's it begins each text with <s>, or like GPT-2's it does not."""
+    tokenizer = Tokenizer(
+        models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, **{w: i + 3 for i, w in enumerate(WORDS)}})
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if with_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )

@@ -277,7 +277,7 @@ def test_a_run_leaves_a_row_for_every_side(command, tmp_path, capsys):
     results = command()
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {"benchmark.json", "benchmark.csv", "benchmark.png"}
-    assert read_results(out / "benchmark.json") == {"schema": 1, **json.loads(json.dumps(results))}
+    assert read_results(out / "benchmark.json") == {"schema": 2, **json.loads(json.dumps(results))}
     assert str(tmp_path) not in (out / "benchmark.json").read_text()
     rows = {(r["part"], r["subject"], r["what"], r["length"], r["side"]): r for r in results["rows"]}
     assert len(rows) == len(results["rows"])

@@ -45,7 +45,7 @@ SETTINGS = {
     "output_dir": "run",
 }
 RECIPE = {"match_tokens": 4 * BLOCK, "sink_tokens": 1, "distill_tokens": 32 * BLOCK, "distill_epochs": 1}
-COMPARISON = {"lengths": [32, 64], "scored_tokens": 128, "stride": 16}
+COMPARISON = {"lengths": [32, 64], "scored_tokens": 128, "stride": 4}
 
 
 @pytest.fixture(autouse=True)
@@ -79,11 +79,19 @@ def test_one_call_converts_trains_and_compares():
     perplexity = {
         row["model"]: row["perplexity"]
         for row in result["evaluation"]["rows"]
-        if (row["length"], row["protocol"], row["context"]) == (BLOCK, "non_overlapping", "full")
+        if (row["length"], row["protocol"], row["context"]) == (BLOCK, "sliding", "full")
     }
+    # One number of one protocol in the line, the table and the model card.
     ratio = perplexity["alibi"] / perplexity["original"]
-    assert cost(result).startswith(f"perplexity at {BLOCK} tokens: {ratio:.3f} [")
-    assert cost(result).endswith("times that of the unconverted model, trained on the same tokens")
+    line = cost(result)
+    assert line.startswith(
+        "Sliding window, stride 4 tokens, 128 held-out tokens, original trained on the same tokens: At 32 tokens, the "
+        f"length of the training, the perplexity of alibi is {ratio:.3f} ["
+    )
+    assert f"({perplexity['alibi']:.1f} against {perplexity['original']:.1f})" in line
+    assert f"| alibi | {perplexity['alibi']:.1f} [" in Path("run/evaluation/report.md").read_text()
+    assert f"- Price of the conversion. {line}" in Path("run/README.md").read_text()
+    assert "Price" not in Path("run/control/README.md").read_text()
 
     model = AutoModelForCausalLM.from_pretrained("run")
     assert isinstance(model, hf_alibi.AlibiLlamaForCausalLM)
@@ -111,7 +119,11 @@ def test_the_control_has_a_rate_of_its_own_for_all_weights():
 def test_without_a_control_the_untouched_model_is_compared():
     result = run([*write(**COMPARISON), "--sink_tokens", "2"])
     assert result["control"] is None
-    assert cost(result).endswith("times that of the unconverted model, as it was given")
+    assert ", original as it was given: At 32 tokens" in cost(result)
+    models = result["evaluation"]["models"]
+    assert models["alibi"]["training"] == {"steps": 6, "tokens": 6 * 4 * BLOCK, "distilled": 0}
+    assert models["original"]["training"] is None
+    assert [models[name]["made_for"] for name in ("alibi", "original")] == [BLOCK, 2048]
     assert result["evaluation"]["models"]["original"]["source"] == "stock"
     assert AutoModelForCausalLM.from_pretrained("run").config.alibi_sink_tokens == 2
 
@@ -203,7 +215,7 @@ def test_unknown_fields_are_named():
 
 def test_the_command_says_what_it_cost(capsys):
     assert cli.main(["convert", *write(**COMPARISON), "--control", "true"]) == 0
-    assert "times that of the unconverted model, trained on the same tokens" in capsys.readouterr().out
+    assert "original trained on the same tokens: At 32 tokens, the length of the training" in capsys.readouterr().out
     assert Path("run/loss.png").is_file()
     assert Path("run/control/loss.png").is_file()
 

@@ -3,9 +3,11 @@ import json
 import datasets
 import pytest
 import torch
+from made_up import word_tokenizer
 
 from hf_alibi.data import (
     DataArguments,
+    bos_token_id,
     count_bytes,
     document_numbers,
     load_documents,
@@ -230,3 +232,22 @@ def test_passkeys_are_no_text(tokenizer):
     args.train_file = ["a.txt"]
     with pytest.raises(InputError, match="both of dataset_name and train_file"):
         load_tokens(args, tokenizer)
+
+
+def test_documents_begin_as_the_tokenizer_begins_texts(tmp_path):
+    path = write(tmp_path / "a.jsonl", "w1 w2", "w3")
+
+    def stream(*, with_bos, wanted=None):
+        args = DataArguments(train_file=[path], validation_fraction=0, document_bos=wanted)
+        return load_tokens(args, word_tokenizer(with_bos=with_bos)).train.tolist()
+
+    assert stream(with_bos=True) == [1, 4, 5, 2, 1, 6, 2]
+    assert stream(with_bos=False) == [4, 5, 2, 6, 2]
+    assert stream(with_bos=True, wanted=False) == [4, 5, 2, 6, 2]
+    assert stream(with_bos=False, wanted=True) == [1, 4, 5, 2, 1, 6, 2]
+
+
+def test_a_beginning_of_sequence_that_the_tokenizer_lacks_is_refused(tokenizer):
+    assert bos_token_id(tokenizer) is None
+    with pytest.raises(InputError, match="document_bos is true, and the tokenizer has no beginning-of-sequence token"):
+        bos_token_id(tokenizer, wanted=True)

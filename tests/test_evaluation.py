@@ -23,7 +23,7 @@ from hf_alibi.windows import (
 )
 
 LENGTHS = (8, 16, 32)
-PROTOCOL = {"lengths": LENGTHS, "train_length": 8, "scored_tokens": 64, "stride": 5}
+PROTOCOL = {"lengths": LENGTHS, "train_length": 8, "scored_tokens": 64, "stride": None}
 
 
 def run(model, stream, **changes):
@@ -41,6 +41,7 @@ def context_start(protocol, target, *, total, length, scored, stride):
     first = total - scored
     if protocol == NON_OVERLAPPING:
         return first + (target - first) // length * length - 1
+    stride = stride or length // 8
     chunk_end = min(first + ((target - first) // stride + 1) * stride, total)
     return chunk_end - 1 - length
 
@@ -73,7 +74,7 @@ def lookup_model(shift: int):
 @pytest.mark.parametrize("length", LENGTHS)
 def test_equals_a_loop_over_single_tokens(family, protocol, length):
     model, stream = stock_model(family), tokens(110)
-    expected = naive_losses(model, stream, protocol, length=length, scored=64, stride=5).mean()
+    expected = naive_losses(model, stream, protocol, length=length, scored=64, stride=None).mean()
     assert value(run(model, stream), protocol, length) == pytest.approx(float(expected), abs=1e-6)
 
 
@@ -114,7 +115,7 @@ def test_the_next_token_is_the_target_and_the_newest_input_is_not():
 @given(data=st.data())
 def test_every_scored_token_is_a_target_once_at_every_length(data):
     length = data.draw(st.integers(1, 40))
-    stride = data.draw(st.integers(1, length))
+    stride = data.draw(st.integers(1, length))  # of windows; `check_protocol` allows less
     scored = length * data.draw(st.integers(1, 5))
     total = scored + length + data.draw(st.integers(0, 9))
     for windows in (
@@ -131,19 +132,34 @@ def test_every_scored_token_is_a_target_once_at_every_length(data):
         assert window.first_target - window.start == 1
 
 
-def test_a_share_of_the_length_is_the_stride_where_it_is_more():
+def test_the_stride_is_an_eighth_of_each_length_or_the_one_given():
     model, stream = stock_model("llama"), tokens(110)
-    found = run(model, stream, stride=4, stride_share=0.5)
-    for length, stride in ((8, 4), (16, 8), (32, 16)):
+    found, given = run(model, stream), run(model, stream, stride=1)
+    for length, stride, result in ((8, 1, found), (16, 2, found), (32, 4, found), (32, 1, given)):
         expected = naive_losses(model, stream, SLIDING, length=length, scored=64, stride=stride).mean()
-        assert value(found, SLIDING, length) == pytest.approx(float(expected), abs=1e-6)
+        assert value(result, SLIDING, length) == pytest.approx(float(expected), abs=1e-6)
+        assert value(result, SLIDING, length, field="fewest_seen") == length - stride + 1
+        assert value(result, SLIDING, length, field="most_seen") == length
+
+
+def test_the_first_input_of_each_window_can_be_the_beginning_of_sequence():
+    model, stream = stock_model("llama"), tokens(110)
+    windows = sliding_windows(110, length=16, scored_tokens=64, stride=2)
+    given = []
+    model.model.embed_tokens.register_forward_pre_hook(lambda module, args: given.append(args[0].clone()))
+    with torch.no_grad():
+        window_losses(model, stream, windows, bos_token_id=1, batch=5)
+    ids = torch.cat(given)
+    assert (ids[:, 0] == 1).all()
+    assert torch.equal(ids[:, 1:], torch.stack([stream[w.start + 1 : w.start + 16] for w in windows]))
+    assert not (stream == 1).any()
 
 
 def test_windows_longer_than_what_is_scored_only_slide():
     model, stream = stock_model("llama"), tokens(110)
     found = run(model, stream, scored_tokens=16)
     assert [row.length for row in found.rows if row.protocol == NON_OVERLAPPING] == [8, 16]
-    expected = naive_losses(model, stream, SLIDING, length=32, scored=16, stride=5).mean()
+    expected = naive_losses(model, stream, SLIDING, length=32, scored=16, stride=None).mean()
     assert value(found, SLIDING, 32) == pytest.approx(float(expected), abs=1e-6)
     assert found.position_loss.length == 16
 
@@ -204,7 +220,7 @@ def test_cropped_baseline_stays_at_the_training_length():
 def test_loss_by_position_is_that_of_the_longest_non_overlapping_windows():
     model, stream = stock_model("llama"), tokens(110)
     result = run(model, stream)
-    expected = naive_losses(model, stream, NON_OVERLAPPING, length=32, scored=64, stride=5)
+    expected = naive_losses(model, stream, NON_OVERLAPPING, length=32, scored=64, stride=None)
     assert (result.position_loss.length, result.position_loss.windows) == (32, 2)
     torch.testing.assert_close(
         torch.tensor(result.position_loss.nats, dtype=torch.float64),
@@ -235,7 +251,7 @@ class ScaledLlama(LlamaForCausalLM):
 
 def test_scaled_logits_are_not_bypassed():
     scaled, stream = ScaledLlama(stock_model("llama").config).eval(), tokens(110)
-    expected = naive_losses(scaled, stream, SLIDING, length=16, scored=64, stride=5).mean()
+    expected = naive_losses(scaled, stream, SLIDING, length=16, scored=64, stride=None).mean()
     assert value(run(scaled, stream), SLIDING, 16) == pytest.approx(float(expected), abs=1e-6)
 
 
@@ -301,25 +317,24 @@ def test_weights_still_to_be_loaded_count(monkeypatch):
         ({"lengths": (8, 8)}, "different numbers"),
         ({"lengths": (0, 8)}, "each >= 1"),
         ({"train_length": 9}, r"train_length 9 is not among lengths \[8, 16, 32\]"),
-        ({"stride": 9}, "stride 9 given; allowed: 1 to the smallest length, 8"),
+        ({"stride": 2}, "stride 2 given; allowed: 1 to 1, an eighth of the smallest length, 8. .* comes out too high"),
         ({"stride": 0}, "stride 0 given"),
-        ({"stride_share": 1.5}, "stride_share 1.5 given; it is a share of the length"),
         ({"scored_tokens": 70}, "scored_tokens 70 given; .* multiples of 32 only, so set it to 64"),
         ({"scored_tokens": 0}, "windows of 8 tokens tile multiples of 8 only, so set it to 8"),
         ({"lengths": (8, 12), "scored_tokens": 36}, "multiples of 24 only, so set it to 48"),
-        ({"num_tokens": 91}, "the text has 91 tokens and 92 are needed .64 scored and 28 before"),
+        ({"num_tokens": 92}, "the text has 92 tokens and 93 are needed .64 scored and 29 before"),
     ],
 )
 def test_what_does_not_fit_together_is_named(changes, words):
-    settings = {"num_tokens": 92, **PROTOCOL, **changes}
+    settings = {"num_tokens": 93, **PROTOCOL, **changes}
     with pytest.raises(InputError, match=words) as error:
         check_protocol(settings.pop("num_tokens"), **settings)
     assert "\n" not in str(error.value)
 
 
 def test_the_shortest_text_that_fits_is_enough():
-    check_protocol(92, **PROTOCOL)
-    assert len(run(stock_model("llama"), tokens(92)).rows) == 6
+    check_protocol(93, **PROTOCOL)
+    assert len(run(stock_model("llama"), tokens(93)).rows) == 6
 
 
 def test_non_finite_losses_are_an_error():
@@ -346,6 +361,8 @@ def test_rows_are_plain_data():
         "protocol",
         "length",
         "context",
+        "fewest_seen",
+        "most_seen",
         "nats_per_token",
         "perplexity",
         "bits_per_byte",

@@ -48,7 +48,7 @@ def command(tmp_path, models):
             "train_length": 16,
             "lengths": [16, 32, 64],
             "scored_tokens": 128,
-            "stride": 8,
+            "stride": 2,
             "train_file": [str(text)],
             "validation_fraction": 0.5,
             "output_dir": str(tmp_path / "out"),
@@ -77,7 +77,7 @@ def test_a_run_writes_everything_it_found(command, tmp_path, capsys):
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == FILES
     assert all(path.stat().st_size > 200 for path in out.iterdir())
-    assert read_results(out) == {"schema": 1, **json.loads(json.dumps(results))}
+    assert read_results(out) == {"schema": 2, **json.loads(json.dumps(results))}
     rows = {(r["model"], r["protocol"], r["length"], r["context"]): r for r in results["rows"]}
     # Two protocols, three lengths; the unconverted model has a cropped baseline too.
     assert len(rows) == len(results["rows"]) == 2 * 3 * 3
@@ -104,7 +104,7 @@ def test_numbers_are_those_of_the_model_in_the_folder(command, models):
         lengths=[16, 32, 64],
         train_length=16,
         scored_tokens=128,
-        stride=8,
+        stride=2,
         num_bytes=127,  # the end-of-sequence token stands for no byte
         progress=False,
     )
@@ -122,7 +122,7 @@ def test_results_hold_no_absolute_path(command, tmp_path):
 
 def test_defaults_reach_sixteen_times_the_training_length():
     args = extrapolation.ExtrapolateArguments(models={"a": "b"}, train_length=128, output_dir="out")
-    assert args.protocol() == ([128, 256, 512, 1024, 2048], 128, 8192, 64, 0.0)
+    assert args.protocol() == ([128, 256, 512, 1024, 2048], 128, 8192, None)
 
 
 def test_cropped_baselines_can_be_chosen_and_left_out(command):
@@ -175,7 +175,7 @@ class TestBaselines:
         tokens = torch.tensor(
             ByT5Tokenizer(extra_ids=0)("Bytes of a plain text, again and again; é is two of them. " * 40).input_ids
         )
-        options = {"train_length": 16, "scored_tokens": 128, "stride": 8, "progress": False}
+        options = {"train_length": 16, "scored_tokens": 128, "stride": 2, "progress": False}
         direct = evaluation.evaluate_extrapolation(model, tokens, lengths=[16, 32, 64], **options)
         for row in direct.rows:
             given = results["original", "rope_dynamic", row.protocol, row.length]

@@ -43,6 +43,20 @@ def text(tokenizer):
 PROBE = PasskeyProbe(lengths=[200, 330], depths=[0.0, 0.5, 1.0], cases=4)
 
 
+def test_prompts_begin_with_the_beginning_of_sequence_if_told(tokenizer):
+    plain, marked = PasskeyText(tokenizer), PasskeyText(tokenizer, 7)
+    case = marked.case(length=200, depth=0.5, key=12345)
+    assert len(case.tokens) == 200
+    assert case.tokens[0] == 7
+    assert torch.equal(case.tokens[1:], plain.case(length=199, depth=0.5, key=12345).tokens)
+    assert marked.first_token().tolist() == [[7]]
+    assert marked.shortest() == plain.shortest() + 1
+    stream = passkey_training_tokens(tokenizer, block_size=330, blocks=3, seed=0, bos_token_id=7)
+    starts = [0, *(i + 1 for i, token in enumerate(stream.tolist()[:-1]) if token == tokenizer.eos_token_id)]
+    assert len(starts) >= 3
+    assert all(stream[start] == 7 for start in starts)
+
+
 class Reader(nn.Module):
     """Says at each answer position what `said(text so far)` gives; `keep` is whether it takes logits_to_keep."""
 

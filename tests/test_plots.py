@@ -57,7 +57,7 @@ def test_perplexity_has_a_panel_a_protocol_and_a_line_a_model(tmp_path, drawn):
     assert found["other, cropped to 8"].get_linestyle() == "--"
     assert found["other, cropped to 8"].get_color() == found["other"].get_color() != found["alibi"].get_color()
     assert set(found["training length, 8"].get_xdata()) == {8}
-    assert "stride 4" in figure.axes[0].get_title()
+    assert "stride an eighth of the length" in figure.axes[0].get_title()
 
 
 def test_a_model_that_cannot_run_is_crossed_at_its_last_length(tmp_path, drawn):

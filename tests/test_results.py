@@ -23,7 +23,7 @@ RESULTS = {"kind": "extrapolation", "settings": {"train_length": 8}, "rows": ROW
 def test_round_trip_through_the_file_and_its_folder(tmp_path):
     json_path, csv_path = write_results(RESULTS, tmp_path / "new")
     assert (json_path.name, csv_path.name) == ("results.json", "results.csv")
-    assert read_results(json_path) == read_results(tmp_path / "new") == {"schema": 1, **RESULTS}
+    assert read_results(json_path) == read_results(tmp_path / "new") == {"schema": 2, **RESULTS}
 
 
 def test_csv_has_every_field_of_any_row(tmp_path):
@@ -70,8 +70,8 @@ def test_an_interrupted_writer_leaves_the_old_file(tmp_path):
         (None, "no readable results.json"),
         ("{", "no readable results.json"),
         ("[]", 'holds no "rows"'),
-        ('{"schema": 1}', 'holds no "rows"'),
-        ('{"schema": 2, "rows": []}', "has schema 2 and this version reads 1"),
+        ('{"schema": 2}', 'holds no "rows"'),
+        ('{"schema": 3, "rows": []}', "has schema 3 and this version reads 2"),
     ],
 )
 def test_files_that_are_no_results(tmp_path, content, words):

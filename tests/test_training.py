@@ -128,8 +128,68 @@ def test_metrics_are_those_of_the_saved_model():
     num_bytes = sum(int(token) > 2 for token in blocks.flatten())
     assert metrics["bits_per_byte"] == pytest.approx(loss / math.log(2) * blocks.numel() / num_bytes, rel=1e-3)
     assert metrics["tokens_seen"] == 12 * 4 * BLOCK
-    assert metrics["train_loss"] < metrics["history"][0]["loss"]
+    # Logged at steps 5, 10 and, where training ends, 12, and at checkpoints: each is a mean since the one before.
+    logged = [(entry["step"], entry["loss"]) for entry in metrics["history"] if "loss" in entry]
+    steps = [0, *(step for step, _ in logged)]
+    total = sum((step - before) * loss for before, (step, loss) in zip(steps, logged, strict=False))
+    assert metrics["train_loss"] == pytest.approx(total / 12)
+    assert metrics["last_train_loss"] == logged[-1][1] < metrics["train_loss"] < logged[0][1]
     assert [entry["step"] for entry in metrics["history"] if "eval_loss" in entry] == [6, 12]
+
+
+def plain_loss(folder):
+    """Mean cross-entropy of the saved model on the held-out blocks, and nothing else."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    held_out = load_tokens(DataArguments(train_file=["text.txt"]), load_tokenizer("bytes")).held_out
+    blocks = torch.stack([block["input_ids"] for block in pack_blocks(held_out, BLOCK)])
+    with torch.no_grad():
+        logits = model(blocks).logits[:, :-1].double()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).item()
+
+
+MIXTURE = {
+    "model_type": "mixtral",
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "output_router_logits": True,
+    "router_aux_loss_coef": 0.5,
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"label_smoothing_factor": 0.3}, {"model_config": MIXTURE}, {"model_config": MIXTURE, "attention": "original"}],
+)
+def test_held_out_losses_are_of_the_text_alone(settings):
+    """Label smoothing and the auxiliary loss of a router belong to training; neither is in the held-out loss."""
+    metrics = finetune(arguments(**settings))
+    expected = plain_loss("run")
+    assert metrics["eval_loss"] == pytest.approx(expected, abs=1e-4)
+    assert metrics["perplexity"] == pytest.approx(math.exp(expected), rel=1e-3)
+    held_out = [entry["eval_loss"] for entry in metrics["history"] if "eval_loss" in entry]
+    assert held_out[-1] == pytest.approx(expected, abs=1e-4)
+    # Training itself has them still.
+    plain = finetune(arguments(**{**settings, "label_smoothing_factor": 0.0, "output_dir": "plain"}))
+    if "label_smoothing_factor" in settings:
+        assert metrics["train_loss"] > plain["train_loss"] + 0.1
+        assert "(label smoothing of 0.3 included)" in Path("run/README.md").read_text()
+    else:
+        assert metrics["train_loss"] > metrics["eval_loss"] + 0.3
+
+
+def test_the_model_card_renders_and_says_what_the_held_out_loss_is():
+    finetune(arguments())
+    card = Path("run/README.md").read_text()
+    code = card.split("```")
+    assert len(code) == 3
+    assert code[1].startswith("python\nimport hf_alibi")
+    assert "(non-overlapping blocks of 32 tokens, whose tokens see 1 to 31 before them)" in card
+    saved = read_yaml("run/config.yaml")
+    assert {"seed": 42, "weight_decay": 0.0, "lr_scheduler_type": "linear"}.items() <= saved.items()
 
 
 def test_saved_config_repeats_the_run():
@@ -232,7 +292,7 @@ def test_a_teacher_is_learned_and_not_the_text():
     # The held-out loss is that of the text, which this teacher knows nothing of.
     assert metrics["eval_loss"] > 5 > text["eval_loss"]
     assert metrics["train_loss"] < 1
-    assert "from what a teacher predicts" in Path("run/README.md").read_text()
+    assert "nats per token (the distance to what a teacher predicts)" in Path("run/README.md").read_text()
     assert "teacher" not in Path("text/README.md").read_text()
 
 
