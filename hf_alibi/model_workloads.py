@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -29,6 +28,7 @@ from .cache import AlibiCache
 from .data import PYTHON_DOCS, DataArguments, load_tokenizer, load_tokens
 from .errors import InputError
 from .evaluation import window_losses
+from .loading import load_complete
 from .memory import peak_bytes
 from .patching import apply_alibi
 from .settings import one_line
@@ -272,18 +272,17 @@ def activation_cases(args: BenchmarkArguments, device: torch.device) -> Iterator
 
 
 def _load(args: BenchmarkArguments, device: torch.device) -> tuple[PreTrainedModel, bool]:
-    """The model, and whether it had to be converted."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            args.model_name_or_path, dtype=getattr(torch, args.dtype), attn_implementation="sdpa"
-        )
-        converted = not is_alibi(model.config)
-        if converted:
+    """The model, and whether it had to be converted; raises `InputError` if it lacks weights or cannot be converted."""
+    name = f"the model_name_or_path {args.model_name_or_path}"
+    model = load_complete(
+        str(args.model_name_or_path), dtype=getattr(torch, args.dtype), attn_implementation="sdpa", name=name
+    )
+    converted = not is_alibi(model.config)
+    if converted:
+        try:
             apply_alibi(model)
-    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise InputError(
-            f"model_name_or_path {args.model_name_or_path} cannot be loaded with ALiBi: {one_line(error)}"
-        ) from error
+        except ValueError as error:
+            raise InputError(f"{name} cannot be converted to ALiBi: {one_line(error)}") from error
     return model.to(device).eval(), converted
 
 

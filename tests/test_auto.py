@@ -202,8 +202,17 @@ def test_the_tokenizer_loads_beside_the_checkpoint(family, tmp_path):
 
 
 def test_registering_twice_changes_nothing():
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    def tables():
+        mappings = (configuration_auto.CONFIG_MAPPING_NAMES, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        return [dict(mapping) for mapping in mappings], list(sys.meta_path)
+
     register()
+    before = tables()
+    assert before[0][0]["alibi_gpt2"] == "AlibiGPT2Config"
     register()
+    assert tables() == before
 
 
 def test_stock_checkpoints_still_load_as_stock(family, tmp_path):

@@ -2,11 +2,13 @@
 
 import json
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import stock_model
+from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer, StaticCache
 
 from hf_alibi import benchmark as run_module
@@ -396,7 +398,7 @@ def test_a_call_without_windows_reads_everything():
         ({"key_value_heads": 3}, "key_value_heads is 3; it must divide the 4 heads"),
         ({"model_key_value_heads": 0}, "model_key_value_heads is 0"),
         ({"memory_limit": 1e9}, "lower memory_limit"),
-        ({"model_name_or_path": "/nowhere"}, "model_name_or_path /nowhere cannot be loaded"),
+        ({"model_name_or_path": "/nowhere"}, "cannot load the model_name_or_path /nowhere"),
         ({"length": [64]}, "did you mean lengths"),
         ({"dtype": "float64"}, "dtype"),
     ],
@@ -406,6 +408,15 @@ def test_what_cannot_be_used_is_refused_before_anything_is_timed(command, tmp_pa
     with pytest.raises(InputError, match=message):
         command(**changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_missing_are_not_timed_as_random_ones(command, checkpoint):
+    path = Path(checkpoint["model_name_or_path"]) / "model.safetensors"
+    weights = load_file(path)
+    missing = next(name for name in weights if name.endswith("mlp.down_proj.weight"))
+    save_file({name: value for name, value in weights.items() if name != missing}, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"lacks 1 of its weights .{missing}"):
+        command(**checkpoint)
 
 
 def test_a_text_that_is_too_short_is_refused(command, checkpoint):
