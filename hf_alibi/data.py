@@ -144,17 +144,20 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def bos_token_id(tokenizer: PreTrainedTokenizerBase, wanted: bool | None = None) -> int | None:
+def bos_token_id(
+    tokenizer: PreTrainedTokenizerBase, wanted: bool | None = None, *, field: str = "document_bos"
+) -> int | None:
     """The beginning-of-sequence token that texts begin with, None if they begin without one.
 
     By default (`wanted` None) the tokenizer decides: it begins texts with the token if models were trained that way
-    (LLaMA, Gemma). Raises InputError if the token is wanted and the tokenizer has none.
+    (LLaMA, Gemma). `field` is the setting that errors name. Raises InputError if the token is wanted and the tokenizer
+    has none.
     """
     token: int | None = tokenizer.bos_token_id
     if wanted is None:
         return token if token is not None and tokenizer.encode("a")[:1] == [token] else None
     if wanted and token is None:
-        raise InputError("document_bos is true, and the tokenizer has no beginning-of-sequence token; leave it out")
+        raise InputError(f"{field} is true, and the tokenizer has no beginning-of-sequence token; leave it out")
     return token if wanted else None
 
 
@@ -225,10 +228,15 @@ def count_bytes(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> int:
 def document_numbers(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Number the documents of a stream (1-D) from 0, by the end-of-sequence token that each of them ends with.
 
-    Returns int64 of the same shape. The first and the last document may be cut.
+    Returns int64 of the same shape. The first and the last document may be cut. If the tokenizer has one token for
+    beginning and end, the second of two neighbours begins the next document, since no document is empty.
     """
-    ends = torch.eq(tokens, tokenizer.eos_token_id).long()
-    return ends.cumsum(0) - ends
+    ends = torch.eq(tokens, tokenizer.eos_token_id).tolist()
+    if tokenizer.bos_token_id == tokenizer.eos_token_id:
+        for index in range(1, len(ends)):
+            ends[index] = ends[index] and not ends[index - 1]
+    ended = torch.tensor(ends, dtype=torch.int64)
+    return ended.cumsum(0) - ended
 
 
 def _load_passkeys(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> TokenSplit:

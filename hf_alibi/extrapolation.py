@@ -233,13 +233,20 @@ class _Source:
         length: int | None = getattr(config, field, None)
         return length
 
-    def _training(self) -> dict[str, int] | None:
+    def _training(self) -> dict[str, Any] | None:
         """How long `hf-alibi finetune` or `convert` trained it; None if no metrics of a training lie beside it."""
         try:
             metrics = json.loads((self.folder / METRICS_FILE).read_text(encoding="utf-8"))
             config = metrics["config"]
             distilled = config["distill_tokens"] * config["distill_epochs"] if self.kind == "alibi" else 0
-            return {"steps": metrics["steps"], "tokens": metrics["tokens_seen"], "distilled": distilled}
+            # A training that began with a converted model has no conversion of its own to tell of.
+            continued = self.kind != "original" and bool(metrics.get("continued"))
+            return {
+                "steps": metrics["steps"],
+                "tokens": metrics["tokens_seen"],
+                "distilled": distilled,
+                "continued": continued,
+            }
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -273,7 +280,9 @@ def compare(args: ExtrapolateArguments, data: DataArguments) -> Results:
     tokens = _load_tokens(data, tokenizer)
     check_protocol(len(tokens), **protocol._asdict())
     _check_vocabularies(sources, tokens, tokenizer, shared=data.tokenizer_name is not None)
-    window_bos = bos_token_id(tokenizer, data.document_bos if args.window_bos is None else args.window_bos)
+    window_bos = bos_token_id(
+        tokenizer, data.document_bos if args.window_bos is None else args.window_bos, field="window_bos"
+    )
     text = PasskeyText(tokenizer, window_bos) if probe is not None else None
     if probe is not None and text is not None:
         probe.check(text)

@@ -182,8 +182,8 @@ def _compared(results: Results) -> str:
     text = settings.get("text")
     source = f" Text: {text}." if text else ""
     train_length = (
-        f" Lengths are multiples of {settings['train_length']} tokens, the length that conversions are trained at; the "
-        f'row "{_SEEN}" says how many tokens each scored token has before it.'
+        f" Beside each length stands how many times the {settings['train_length']} tokens it is that conversions are "
+        f'trained at. The row "{_SEEN}" says how many tokens each scored token has before it in its window.'
     )
     return f"{introduction}{source}{train_length}\n\n{markdown_table(header, cells)}"
 
@@ -251,14 +251,16 @@ def _bos(results: Results) -> str:
     settings = results["settings"]
     documents, windows = (settings[name] for name in ("document_bos", "window_bos"))
     parts = [
-        f"every document begins with `{documents}`" if documents else "no document begins with a token of its own",
+        f"every document begins with `{documents}`"
+        if documents
+        else "documents do not begin with a beginning-of-sequence token",
         f"every window begins with `{windows}`, in place of its oldest token" if windows else "nor does any window",
     ]
     if documents and not windows:
         parts[1] = "windows begin in the middle of documents, without one"
     if windows and not documents:
-        parts[0] = "documents have none"
-    return "; ".join(parts) + ". End-of-sequence tokens stand between documents and are scored as any other token."
+        parts[0] = "documents do not begin with one"
+    return "; ".join(parts) + ". End-of-sequence tokens stand between documents; all tokens of the stream are scored."
 
 
 def _protocol_section(results: Results, protocol: str) -> str:

@@ -16,8 +16,11 @@ from .errors import InputError
 
 __all__ = ["load_settings", "make_settings", "one_line", "read_yaml", "resolve_settings", "save_settings"]
 
-# An action, a secret, a process number, a consequence of eval_strategy: not needed to repeat a run.
-_NOT_SAVED = frozenset({"resume_from_checkpoint", "hub_token", "local_rank", "do_eval"})
+# An action, a secret, a process number, a consequence of eval_strategy, and what every run here sets: not needed to
+# repeat a run.
+_NOT_SAVED = frozenset(
+    {"resume_from_checkpoint", "hub_token", "local_rank", "do_eval", "include_num_input_tokens_seen"}
+)
 
 # Set automatically on CPU-only machines, so not saved.
 _OF_THE_CPU = frozenset({"use_cpu", "dataloader_pin_memory"})

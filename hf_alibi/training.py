@@ -147,6 +147,7 @@ def train(
     model = load_model(args, recipe, tokenizer, checkpoint=checkpoint)
     _check_vocabulary(model, tokens)
     teacher = _load_teacher(args, model)
+    continued = _was_converted(args)
     conversion = _convert(model, args, recipe, train_blocks, training)
     _check_length(model, args)
 
@@ -173,7 +174,7 @@ def train(
         covered = tokens.held_out[: len(eval_blocks) * args.block_size]
         metrics["bits_per_byte"] = eval_loss / math.log(2) * covered.numel() / count_bytes(covered, tokenizer)
     metrics["seconds"] = round(time.monotonic() - started, 1)
-    metrics |= {"parameters": parameters, "conversion": conversion, "config": config}
+    metrics |= {"parameters": parameters, "conversion": conversion, "continued": continued, "config": config}
     metrics |= {"environment": environment(seed=training.seed)}
     if trainer.is_world_process_zero():
         # Trainer's pickle of its arguments names this machine's folders; config.yaml says the same without.
@@ -250,6 +251,11 @@ def _convert(
     model.config.alibi_train_length = args.block_size
     verify_alibi(model)
     return done
+
+
+def _was_converted(args: FinetuneArguments) -> bool:
+    """Whether the run began with a model that was converted before."""
+    return args.model_name_or_path is not None and is_alibi(AutoConfig.from_pretrained(args.model_name_or_path))
 
 
 def _wants_resume(training: TrainingArguments) -> bool:

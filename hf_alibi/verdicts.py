@@ -28,7 +28,7 @@ def findings(results: Results) -> list[str]:
     model = next(iter([*_of_kind(results, "alibi"), *results["models"]]))
     original = next(iter(_of_kind(results, "original")), None)
     too_little = _trained_too_little(results, model)
-    sentences = [_budget(results, too_little=too_little)]
+    sentences = [_budget(results, model if too_little else None)]
     if not too_little:
         protocol = protocols(results)[0]
         sentences += _length_ratio(results, model, protocol)
@@ -36,7 +36,7 @@ def findings(results: Results) -> list[str]:
             found = price(results, model, original, protocol)
             sentences[1:1] = [] if found is None else [found]
             sentences += _against_the_best(results, model, original, protocol)
-    return [*sentences, _passkey(results, model)]
+    return [*sentences, _passkey(results, model, read=not too_little)]
 
 
 def _of_kind(results: Results, kind: str) -> list[str]:
@@ -46,12 +46,19 @@ def _of_kind(results: Results, kind: str) -> list[str]:
 def _trained_too_little(results: Results, model: str) -> bool:
     described = results["models"][model]
     training = described["training"]
-    few = training is not None and (training["steps"] < _FEWEST_STEPS or training["tokens"] < _FEWEST_TOKENS)
-    return described["kind"] == "alibi" and few
+    if described["kind"] != "alibi" or training is None or training["continued"]:
+        return False  # of a model that was converted before this training, nothing is known of the training then
+    return bool(training["steps"] < _FEWEST_STEPS or training["tokens"] < _FEWEST_TOKENS)
 
 
-def _budget(results: Results, *, too_little: bool) -> str:
-    """For how many steps and tokens each model was trained, and whether that is enough to judge by."""
+def _trained_alike(results: Results, model: str, original: str) -> bool:
+    """Whether both models were trained on the same number of tokens, so that their ratio is the conversion's."""
+    tokens = [(results["models"][name]["training"] or {}).get("tokens") for name in (model, original)]
+    return tokens[0] is not None and tokens[0] == tokens[1]
+
+
+def _budget(results: Results, too_little: str | None) -> str:
+    """For how many steps and tokens each model was trained, and which of them `too_little` to judge by, if any."""
     parts = []
     for name, model in results["models"].items():
         training = model["training"]
@@ -60,8 +67,9 @@ def _budget(results: Results, *, too_little: bool) -> str:
             continue
         fitted = f", after its layers were fitted to {training['distilled']:,} tokens" if training["distilled"] else ""
         steps = f"{training['steps']:,} step{'' if training['steps'] == 1 else 's'}"
-        parts.append(f"**{name}** was trained for {steps} on {training['tokens']:,} tokens{fitted}")
-    end = ": too little to judge a conversion by, so nothing is concluded here" if too_little else ""
+        trained = "was trained further, for" if training["continued"] else "was trained for"
+        parts.append(f"**{name}** {trained} {steps} on {training['tokens']:,} tokens{fitted}")
+    end = f": too little for **{too_little}** to be judged by, so nothing is concluded here" if too_little else ""
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}{end}."
 
@@ -112,9 +120,13 @@ def price(results: Results, model: str, original: str, protocol: str) -> str | N
     meaning = {
         _BETTER: "the conversion costs nothing there",
         _WORSE: "that is the price of the conversion",
-        NOT_SHOWN: f"{NOT_SHOWN}, so neither is a price",
+        NOT_SHOWN: f"{NOT_SHOWN}, so the conversion has no measurable price there",
     }
-    reading = "too little training to judge by" if _trained_too_little(results, model) else meaning[found.outcome]
+    reading = meaning[found.outcome]
+    if _trained_too_little(results, model):
+        reading = "too little training to judge by"
+    elif not _trained_alike(results, model, original):
+        reading = "not known to be trained alike, so not the price of the conversion alone"
     return (
         f"At {length} tokens, the length of the training, the perplexity of **{model}** is {found.ratio} times that of "
         f"**{original}** ({found.values}): {reading}."
@@ -161,7 +173,7 @@ def _against_the_best(results: Results, model: str, original: str, protocol: str
         outcome: [length for length in lengths if length in best and best[length].outcome == outcome]
         for outcome in (_BETTER, _WORSE, NOT_SHOWN)
     }
-    words = {_BETTER: "wins at", _WORSE: "loses at", NOT_SHOWN: f"{NOT_SHOWN} at"}
+    words = {_BETTER: "wins at", _WORSE: "loses at", NOT_SHOWN: "shows no difference at"}
     parts = [f"{words[outcome]} {listed(at)}" for outcome, at in by_outcome.items() if at]
     if alone:
         parts.append(f"is alone at {listed(alone)}, where **{original}** cannot run")
@@ -175,38 +187,43 @@ def _against_the_best(results: Results, model: str, original: str, protocol: str
             f"; at {lengths[-1]} that is **{rival}**, and the perplexity of **{model}** is {last.ratio} times its "
             f"({last.values})"
         )
-    wins = [*by_outcome[_BETTER], *alone]
+    advice = "" if alone else _advice(lengths, by_outcome[_BETTER])
+    if not _trained_alike(results, model, original):
+        advice = ""  # what training did is in the numbers
     yield (
         f"Against the best form of **{original}** at each length ({others}), **{model}** {listed(parts)}{closing}"
-        f"{_advice(lengths, wins)}."
+        f"{advice}."
     )
 
 
 def _advice(lengths: Sequence[int], wins: Sequence[int]) -> str:
-    """From which length on converting pays, if it does up to the longest."""
+    """At which lengths converting pays, if it does up to the longest; nothing is said of longer ones."""
     first = next((n for n in lengths if all(later in wins for later in lengths if later >= n)), None)
-    if first is not None:
-        return f": convert for contexts of {first} tokens and more"
-    return ": these numbers do not speak for converting"
+    if first is None:
+        return ": these numbers do not speak for converting"
+    last = f" to {lengths[-1]}" if first < lengths[-1] else ""
+    return f": these numbers speak for converting at {first}{last} tokens"
 
 
-def _passkey(results: Results, model: str) -> str:
-    """Say how many keys are found at the shortest and at the longest length, and what a low start means."""
-    rows = [
-        row
-        for row in results.get("passkey", {}).get("rows", [])
-        if (row["model"], row["context"], row["depth"], row["status"]) == (model, "full", None, "ok")
-    ]
-    if not rows:
+def _passkey(results: Results, model: str, *, read: bool) -> str:
+    """How many keys are found at the shortest and the longest length and, if it may be `read`, what that means."""
+    if "passkey" not in results:
         return (
             f"Whether **{model}** finds what stands far back in its context is not known: the passkey probe was not "
             "run (`passkey_cases`)."
         )
+    rows = [
+        row
+        for row in results["passkey"]["rows"]
+        if (row["model"], row["context"], row["depth"], row["status"]) == (model, "full", None, "ok")
+    ]
+    if not rows:
+        return f"**{model}** runs at none of the lengths of the passkey probe."
     first, last = (pick(rows, key=lambda row: row["length"]) for pick in (min, max))
     share = f"{_share(first)} at {first['length']} tokens"
     if last is not first:
         share += f" and {_share(last)} at {last['length']}"
-    return f"Of passkeys **{model}** finds {share}{_passkey_reading(first, last)}."
+    return f"Of passkeys **{model}** finds {share}{_passkey_reading(first, last) if read else ''}."
 
 
 def _share(row: Mapping[str, Any]) -> str:

@@ -43,7 +43,12 @@ def made_up_results(lines, *, lengths, train_length=None, kinds=None, spread=0.0
             "positions": KINDS[kind],
             "position_limit": next((n for n in lengths if kind == "original"), None),
             "made_for": lengths[0],
-            "training": {"steps": 2000, "tokens": 1_000_000, "distilled": 300_000 if kind == "alibi" else 0},
+            "training": {
+                "steps": 2000,
+                "tokens": 1_000_000,
+                "distilled": 300_000 if kind == "alibi" else 0,
+                "continued": False,
+            },
             "baselines": {c: (labels or {})[c] for n, c in lines if n == name and c not in ("full", "cropped")},
             "left_out": {},
         }

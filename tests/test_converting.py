@@ -26,7 +26,7 @@ from hf_alibi.converting import _CLASSES, convert, cost, run
 from hf_alibi.data import DataArguments, load_tokenizer, load_tokens
 from hf_alibi.errors import InputError
 from hf_alibi.settings import make_settings, read_yaml
-from hf_alibi.training import FinetuneArguments, finetune
+from hf_alibi.training import FinetuneArguments, finetune, train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BLOCK = 32
@@ -121,7 +121,7 @@ def test_without_a_control_the_untouched_model_is_compared():
     assert result["control"] is None
     assert ", original as it was given: At 32 tokens" in cost(result)
     models = result["evaluation"]["models"]
-    assert models["alibi"]["training"] == {"steps": 6, "tokens": 6 * 4 * BLOCK, "distilled": 0}
+    assert models["alibi"]["training"] == {"steps": 6, "tokens": 6 * 4 * BLOCK, "distilled": 0, "continued": False}
     assert models["original"]["training"] is None
     assert [models[name]["made_for"] for name in ("alibi", "original")] == [BLOCK, 2048]
     assert result["evaluation"]["models"]["original"]["source"] == "stock"
@@ -327,3 +327,12 @@ def test_a_fine_tuned_model_is_converted_and_teaches():
     # What is learned is the distance to the teacher, far less than the loss of the text.
     assert result["training"]["train_loss"] < 0.5 * result["training"]["eval_loss"]
     assert result["evaluation"]["models"]["original"]["source"] == "tuned"
+
+
+def test_a_conversion_that_is_trained_further_says_so():
+    convert(SETTINGS, **COMPARISON)
+    assert json.loads(Path("run/metrics.json").read_text())["continued"] is False
+    further = make_settings(
+        _CLASSES, {**SETTINGS, "model_name_or_path": "run", "output_dir": "further", "budget_tokens": 2 * 4 * BLOCK}
+    )
+    assert train(*further[1:])["continued"] is True

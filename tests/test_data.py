@@ -234,6 +234,13 @@ def test_passkeys_are_no_text(tokenizer):
         load_tokens(args, tokenizer)
 
 
+def test_one_token_for_beginning_and_end_makes_no_documents_of_its_own():
+    tokenizer = word_tokenizer(with_bos=False)
+    tokenizer.bos_token = tokenizer.eos_token
+    stream = torch.tensor([2, 5, 6, 2, 2, 7, 2, 2, 8, 9])
+    assert document_numbers(stream[1:], tokenizer).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
 def test_documents_begin_as_the_tokenizer_begins_texts(tmp_path):
     path = write(tmp_path / "a.jsonl", "w1 w2", "w3")
 
@@ -251,3 +258,5 @@ def test_a_beginning_of_sequence_that_the_tokenizer_lacks_is_refused(tokenizer):
     assert bos_token_id(tokenizer) is None
     with pytest.raises(InputError, match="document_bos is true, and the tokenizer has no beginning-of-sequence token"):
         bos_token_id(tokenizer, wanted=True)
+    with pytest.raises(InputError, match="window_bos is true"):
+        bos_token_id(tokenizer, wanted=True, field="window_bos")

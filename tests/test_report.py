@@ -73,18 +73,34 @@ class TestTraining:
     @pytest.mark.parametrize("training", [{"steps": 6, "tokens": 10**6}, {"steps": 1000, "tokens": 99_999}])
     def test_too_little_training_gets_no_conclusions(self, written, training):
         results = results_of((29.0, 28.0, 27.0))
-        results["models"]["alibi"]["training"] = {**training, "distilled": 0}
+        results["models"]["alibi"]["training"] = {**training, "distilled": 0, "continued": False}
         first, *others = findings(written(results))
-        assert first.endswith(": too little to judge a conversion by, so nothing is concluded here.")
+        assert first.endswith(": too little for **alibi** to be judged by, so nothing is concluded here.")
         assert f"trained for {training['steps']:,} steps on {training['tokens']:,} tokens" in first
         assert len(others) == 1
         assert "passkey" in others[0]
         line = price(results, "alibi", "original", "sliding")
         assert line.endswith("(29.00 against 30.00): too little training to judge by.")
 
+    def test_a_conversion_that_is_trained_further_is_not_judged_by_its_last_steps(self, written):
+        results = results_of((29.0, 28.0, 27.0))
+        results["models"]["alibi"]["training"] = {"steps": 2, "tokens": 64, "distilled": 0, "continued": True}
+        first = findings(written(results))[0]
+        assert first.startswith("**alibi** was trained further, for 2 steps on 64 tokens; **original**")
+        assert "too little" not in first
+
+    def test_keys_are_counted_and_not_read_after_too_little_training(self, written):
+        results = with_keys(results_of((29.0, 28.0, 27.0)), {ALIBI: (10, 0)}, lengths=[128, 2048])
+        results["models"]["alibi"]["training"]["steps"] = 10
+        assert says(written(results), "Of passkeys").endswith("0 of 20 [0%, 16%] at 2048.")
+
+    def test_a_probe_that_a_model_cannot_run_was_run(self, written):
+        results = with_keys(results_of((29.0, 28.0, 27.0)), {ALIBI: (None,)}, lengths=[4096])
+        assert says(written(results), "passkey probe") == "**alibi** runs at none of the lengths of the passkey probe."
+
     def test_just_enough_is_enough(self, written):
         results = results_of((29.0, 28.0, 27.0))
-        results["models"]["alibi"]["training"] = {"steps": 50, "tokens": 100_000, "distilled": 0}
+        results["models"]["alibi"]["training"] = {"steps": 50, "tokens": 100_000, "distilled": 0, "continued": False}
         assert len(findings(written(results))) == 5
 
     def test_an_original_as_it_was_given_is_judged(self, written):
@@ -103,7 +119,9 @@ class TestPrice:
 
     def test_better_and_neither(self, written):
         assert "costs nothing there" in says(written(results_of((29.0, 28.0, 27.0))), "the length of the training")
-        assert "neither is a price" in says(written(results_of((30.1, 28.0, 27.0))), "the length of the training")
+        assert "has no measurable price there" in says(
+            written(results_of((30.1, 28.0, 27.0))), "the length of the training"
+        )
 
     def test_it_is_the_number_of_the_sliding_protocol(self, written):
         results = results_of((33.0, 28.0, 27.0))
@@ -133,7 +151,7 @@ class TestLongerThanTraining:
     def test_an_unconverted_model_has_no_training_length_here(self, written):
         text = written(made_up_results({ORIGINAL: (30.0, 31.0, 32.0)}, lengths=LENGTHS))
         assert says(text, "times its own").startswith("At 2048 tokens the perplexity of **original**")
-        assert "convert for" not in text
+        assert "converting" not in text
 
 
 class TestAgainstTheBest:
@@ -142,16 +160,16 @@ class TestAgainstTheBest:
         assert says(text, "best form") == (
             "Against the best form of **original** at each length (itself, cropped to 128, YaRN ×4), **alibi** wins at "
             "2048 and loses at 128 and 512; at 2048 that is **original, cropped to 128**, and the perplexity of "
-            "**alibi** is 0.900 [0.891, 0.909] times its (27.00 against 30.00): convert for contexts of 2048 tokens "
-            "and more."
+            "**alibi** is 0.900 [0.891, 0.909] times its (27.00 against 30.00): these numbers speak for converting at "
+            "2048 tokens."
         )
 
     def test_a_tie_is_not_a_win(self, written):
         line = says(written(results_of((31.0, 29.9, 29.9))), "best form")
-        assert "loses at 128 and no difference is shown at 512 and 2048" in line
+        assert "loses at 128 and shows no difference at 512 and 2048" in line
         assert line.endswith(": these numbers do not speak for converting.")
         line = says(written(results_of((31.0, 29.9, 29.9), spread=0.001)), "best form")
-        assert line.endswith(": convert for contexts of 512 tokens and more.")
+        assert line.endswith(": these numbers speak for converting at 512 to 2048 tokens.")
 
     def test_one_baseline_that_is_as_good_is_enough_to_not_convert(self, written):
         line = says(written(results_of((31.0, 28.0, 27.0), extra={YARN: (31.0, 28.0, 27.0)})), "best form")
@@ -164,8 +182,20 @@ class TestAgainstTheBest:
 
     def test_where_nothing_else_runs(self, written):
         line = says(written(results_of((31.0, 30.0, 29.0), cropped=False)), "best form")
-        assert "loses at 128 and is alone at 512 and 2048, where **original** cannot run" in line
-        assert line.endswith(": convert for contexts of 512 tokens and more.")
+        # It may be bad there: alone is not better.
+        assert line.endswith("loses at 128 and is alone at 512 and 2048, where **original** cannot run.")
+
+    def test_a_comparison_of_unequal_training_gives_no_advice_and_no_price(self, written):
+        for training in (None, {"steps": 3, "tokens": 192, "distilled": 0, "continued": False}):
+            results = results_of((29.0, 28.0, 27.0))
+            results["models"]["original"]["training"] = training
+            assert says(written(results), "best form").endswith("(27.00 against 30.00).")
+            line = says(written(results), "the length of the training")
+            assert line.endswith("not known to be trained alike, so not the price of the conversion alone.")
+
+    def test_no_difference_at_all_is_a_sentence(self, written):
+        line = says(written(results_of((30.0, 30.0, 30.0))), "best form")
+        assert "**alibi** shows no difference at 128, 512 and 2048; at 2048" in line
 
     def test_the_slopes_of_the_converted_model_are_no_rival(self, written):
         text = written(results_of((29.0, 28.0, 27.0), extra={SLOPES: (9.0, 9.0, 9.0)}))
@@ -240,7 +270,7 @@ def test_each_model_has_its_own_limit_and_training(written):
     text = written(results)
     assert "| ALiBi | any length, trained at 128 | 2,000 steps, 1,000,000 tokens |" in text
     assert r"| p\|q | 8,192 tokens | not known |" in text
-    assert "Lengths are multiples of 128 tokens, the length that conversions are trained at" in text
+    assert "how many times the 128 tokens it is that conversions are trained at" in text
     results["models"]["original"]["made_for"] = None
     assert r"| p\|q | not said |" in written(results)
 
@@ -248,10 +278,10 @@ def test_each_model_has_its_own_limit_and_training(written):
 @pytest.mark.parametrize(
     ("documents", "windows", "words"),
     [
-        (None, None, "no document begins with a token of its own; nor does any window."),
+        (None, None, "documents do not begin with a beginning-of-sequence token; nor does any window."),
         ("<s>", "<s>", "begins with `<s>`; every window begins with `<s>`, in place of its oldest token."),
         ("<s>", None, "every document begins with `<s>`; windows begin in the middle of documents, without one."),
-        (None, "<s>", "documents have none; every window begins with `<s>`, in place of its oldest token."),
+        (None, "<s>", "documents do not begin with one; every window begins with `<s>`, in place of its oldest token."),
     ],
 )
 def test_the_beginning_of_sequence_is_told(written, documents, windows, words):
