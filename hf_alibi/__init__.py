@@ -10,21 +10,21 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from .registration import register
+from .model.auto_classes import register
 
 if TYPE_CHECKING:
-    from .attention.reading import Reads, record_reads
+    from .attention.cache import AlibiCache
+    from .attention.sdpa.reads import Reads, record_reads
     from .bias import build_alibi_tensor
-    from .cache import AlibiCache
+    from .commands.convert import convert
     from .configuration import AlibiConfig
     from .conversion.matching import match_heads
-    from .converting import convert
     from .errors import InputError, VerificationError
-    from .evaluation import evaluate_extrapolation
-    from .families import supported_families
-    from .patching import apply_alibi
+    from .evaluation.perplexity import evaluate_extrapolation
+    from .model.families import supported_families
+    from .model.patching import apply_alibi
+    from .model.verification import verify_alibi
     from .slopes import alibi_slopes
-    from .verification import verify_alibi
 
 __all__ = [
     "AlibiCache",
@@ -44,20 +44,20 @@ __all__ = [
 ]
 
 _MODULES = {
-    "AlibiCache": "cache",
+    "AlibiCache": "attention.cache",
     "AlibiConfig": "configuration",
     "InputError": "errors",
-    "Reads": "attention.reading",
+    "Reads": "attention.sdpa.reads",
     "VerificationError": "errors",
     "alibi_slopes": "slopes",
-    "apply_alibi": "patching",
+    "apply_alibi": "model.patching",
     "build_alibi_tensor": "bias",
-    "convert": "converting",
-    "evaluate_extrapolation": "evaluation",
+    "convert": "commands.convert",
+    "evaluate_extrapolation": "evaluation.perplexity",
     "match_heads": "conversion.matching",
-    "record_reads": "attention.reading",
-    "supported_families": "families",
-    "verify_alibi": "verification",
+    "record_reads": "attention.sdpa.reads",
+    "supported_families": "model.families",
+    "verify_alibi": "model.verification",
 }
 
 try:
@@ -75,15 +75,11 @@ def __getattr__(name: str) -> Any:
     `AlibiQwen3ForCausalLM`.
     """
     if name.startswith("Alibi") and name not in _MODULES:
-        return getattr(import_module(f"{__name__}.{'configuration' if name.endswith('Config') else 'modeling'}"), name)
+        module = "configuration" if name.endswith("Config") else "model.modeling"
+        return getattr(import_module(f"{__name__}.{module}"), name)
     if name in _MODULES:
         return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    try:
-        return import_module(f"{__name__}.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != f"{__name__}.{name}":
-            raise
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

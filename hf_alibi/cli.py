@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _convert(argv: Sequence[str]) -> None:
     from transformers.utils.logging import disable_progress_bar
 
-    from .converting import cost, run
+    from .commands.convert import cost, run
 
     disable_progress_bar()
     result = run(argv)
@@ -76,7 +76,7 @@ def _convert(argv: Sequence[str]) -> None:
 def _ablation(argv: Sequence[str]) -> None:
     from transformers.utils.logging import disable_progress_bar
 
-    from .ablation import ablation
+    from .commands.ablation import ablation
 
     disable_progress_bar()
     ablation(argv)
@@ -85,7 +85,7 @@ def _ablation(argv: Sequence[str]) -> None:
 def _finetune(argv: Sequence[str]) -> None:
     from transformers.utils.logging import disable_progress_bar
 
-    from .training import finetune
+    from .commands.finetune import finetune
 
     disable_progress_bar()  # of loading and writing files; training has its own
     metrics = finetune(argv)
@@ -95,7 +95,7 @@ def _finetune(argv: Sequence[str]) -> None:
 
 def _conclude(metrics: Mapping[str, Any]) -> None:
     """Draw the loss curve of a run and print how it ended."""
-    from .plots import loss_curve
+    from .reporting.plots import loss_curve
 
     output_dir = Path(metrics["config"]["output_dir"])
     try:
@@ -118,7 +118,7 @@ def _print(text: str) -> None:
 
 
 def _extrapolate(argv: Sequence[str]) -> None:
-    from .extrapolation import extrapolate
+    from .commands.extrapolate import extrapolate
 
     extrapolate(argv)
 
@@ -126,7 +126,7 @@ def _extrapolate(argv: Sequence[str]) -> None:
 def _benchmark(argv: Sequence[str]) -> None:
     from transformers.utils.logging import disable_progress_bar
 
-    from .benchmark import benchmark
+    from .commands.benchmark import benchmark
 
     disable_progress_bar()
     benchmark(argv)

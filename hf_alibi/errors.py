@@ -1,6 +1,6 @@
 """The errors that are this package's own."""
 
-__all__ = ["InputError", "VerificationError"]
+__all__ = ["InputError", "VerificationError", "one_line"]
 
 
 class InputError(ValueError):
@@ -9,3 +9,8 @@ class InputError(ValueError):
 
 class VerificationError(RuntimeError):
     """A model does not apply the ALiBi bias as its config says; the message names the layer."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's message without its line breaks, or its name where it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,8 +1,8 @@
 """Time and memory of ALiBi, side by side with what a model used before.
 
-    python scripts/benchmark.py configs/benchmark.yaml
-    python scripts/benchmark.py configs/benchmark.yaml --parts attention --lengths 512 2048 --output_dir runs/short
-    python scripts/benchmark.py configs/benchmark.yaml --model_name_or_path runs/smollm2 --parts activations
+    python scripts/benchmark.py configs/benchmark/all.yaml
+    python scripts/benchmark.py configs/benchmark/all.yaml --parts attention --lengths 512 2048 --output_dir runs/short
+    python scripts/benchmark.py configs/benchmark/all.yaml --model_name_or_path runs/smollm2 --parts activations
     python scripts/benchmark.py --help
 
 The YAML comes first, any `--field value` after it wins. Installed, the same is `hf-alibi benchmark ...`.

@@ -42,16 +42,16 @@ if [ -n "$model" ]; then
 else
     model=$output_dir/pretrained
     echo "== 1. Pretraining with learned positions"
-    hf-alibi finetune configs/demo-pretrain.yaml --output_dir "$model"
+    hf-alibi finetune configs/finetune/demo-pretrain.yaml --output_dir "$model"
     [ -z "$steps" ] || finetune=(--max_steps "$steps")
 fi
 for attention in alibi original nope; do
     echo "== 2. Fine-tuning on 256 tokens: $attention"
-    hf-alibi finetune configs/demo-finetune.yaml --model_name_or_path "$model" --attention "$attention" \
+    hf-alibi finetune configs/finetune/demo.yaml --model_name_or_path "$model" --attention "$attention" \
         --output_dir "$output_dir/$attention" ${finetune[@]+"${finetune[@]}"}
 done
 echo "== 3. Comparing at 1 to 16 times the training length"
 models=$(printf '{"alibi": "%s/alibi", "original": "%s/original", "nope": "%s/nope"}' \
     "$output_dir" "$output_dir" "$output_dir")
-hf-alibi extrapolate configs/demo-extrapolate.yaml --models "$models" --output_dir "$output_dir/extrapolation" \
+hf-alibi extrapolate configs/extrapolate/demo.yaml --models "$models" --output_dir "$output_dir/extrapolation" \
     ${extrapolate[@]+"${extrapolate[@]}"}

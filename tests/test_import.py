@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import stock_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import hf_alibi
+from helpers.models import stock_model
 
 
 def run(code):
@@ -53,7 +53,7 @@ print(type(config).__name__, type(model).__name__)
 
 def test_classes_are_made_once_and_found_by_name():
     assert hf_alibi.AlibiQwen3Config is hf_alibi.configuration.AlibiQwen3Config
-    assert hf_alibi.AlibiQwen3ForCausalLM is hf_alibi.modeling.AlibiQwen3ForCausalLM
+    assert hf_alibi.AlibiQwen3ForCausalLM is hf_alibi.model.modeling.AlibiQwen3ForCausalLM
     config = hf_alibi.AlibiQwen3Config()
     assert AutoConfig.for_model("alibi_qwen3").__class__ is type(config)
     assert AutoModelForCausalLM._model_mapping[type(config)] is hf_alibi.AlibiQwen3ForCausalLM
@@ -72,7 +72,7 @@ def test_classes_pickle_and_copy(name):
 def test_threads_that_ask_at_once_get_one_class():
     code = """
 import sys, threading
-import hf_alibi.modeling
+import hf_alibi.model.modeling
 sys.setswitchinterval(1e-6)
 barrier, made = threading.Barrier(8), []
 def ask():

@@ -1,12 +1,12 @@
 import math
 
 import pytest
-import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor as bloom_alibi
 
+from helpers import reference
 from hf_alibi import alibi_slopes
 from hf_alibi.slopes import check_scaling, dynamic_scale, scale_slopes
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..bias import alibi_bias
-from .head_slopes import head_slopes
 from .inputs import refuse_unsupported, visible_keys
+from .layer_slopes import head_slopes
 
 __all__ = ["eager_alibi_attention"]
 

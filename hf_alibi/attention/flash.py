@@ -17,8 +17,8 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from .head_slopes import head_slopes
 from .inputs import autocast, refuse_unsupported
+from .layer_slopes import head_slopes
 
 __all__ = ["flash_alibi_attention", "load_flash_attn", "refuse_sinks"]
 

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-from ..anatomy import is_alibi, self_attentions, text_decoder
-from ..modes import evaluation_mode
-from ..progress import progress_bar
+from ..model.anatomy import is_alibi, self_attentions, text_decoder
+from ..utils import evaluation_mode, progress_bar
 
 __all__ = ["LayerFit", "check_distillation", "distill_layers"]
 

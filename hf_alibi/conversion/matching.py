@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..anatomy import is_alibi, self_attentions
-from ..modes import evaluation_mode
+from ..model.anatomy import is_alibi, self_attentions
 from ..slopes import alibi_slopes
+from ..utils import evaluation_mode
 from .heads import head_counts, head_parameters, permute_heads
 
 __all__ = ["head_reaches", "match_heads", "matching_order"]

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..anatomy import position_limit
 from ..errors import InputError
-from ..patching import apply_alibi, checked_config
+from ..model.anatomy import position_limit
+from ..model.patching import apply_alibi, checked_config
 from .distillation import check_distillation, distill_layers
 from .matching import match_heads
 

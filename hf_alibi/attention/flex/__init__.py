@@ -1,0 +1,1 @@
+"""Attention by `flex_attention`, which compiles a kernel for the mask at hand."""

@@ -1,0 +1,1 @@
+"""Attention by torch's fused kernels: `dispatch` picks the cheapest exact path."""

@@ -1,0 +1,206 @@
+"""Which keys a head must read: all others provably carry less of each row's weights than a tolerance.
+
+A head has read its near keys and knows the log-sum-exp of their logits. A key at distance d then carries at most
+exp(bound of its logit - slope × d - log-sum-exp) of the row. Far keys are taken in blocks, and blocks are left out as
+long as the bounds of all that is left out add up to less than the tolerance. The bound comes from the data of this
+very call, so it holds for any weights; what cannot be compared (NaN) is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..tolerance import left_out
+
+__all__ = ["Kept", "Span", "far_spans", "kept_blocks", "widest_window"]
+
+# Queries that share one window, for fewer and larger calls.
+_GROUP = 2048
+# Of the tolerance, for what the norms alone rule out; the rest is for the bound by centroid and radius.
+_TAIL_SHARE = 0.5
+
+
+def widest_window(kept: Tensor, behind: Tensor) -> int:
+    """Blocks of the widest window in front of the near keys of which at least half is kept; the largest over the rows.
+
+    Args:
+        kept: bool (..., key blocks).
+        behind: like `kept`, how many blocks a window must have to reach this one; falls by 1 with each.
+    """
+    return int((behind * (kept & (2 * kept.flip(-1).cumsum(-1).flip(-1) >= behind))).max())
+
+
+@dataclass(frozen=True)
+class Span:
+    """What `blocks` blocks of `rows` queries each read: for block b, `keys` keys from `key` + b × `step` on.
+
+    The blocks lie one behind the other from query `query`. Where `columns` is given, all read those keys instead.
+    """
+
+    query: int
+    blocks: int
+    rows: int
+    key: int
+    keys: int
+    step: int = 0
+    columns: Tensor | None = None
+
+    @property
+    def queries(self) -> slice:
+        """All queries of the span."""
+        return slice(self.query, self.query + self.blocks * self.rows)
+
+    @property
+    def read(self) -> slice | Tensor:
+        """Index of the keys where all blocks read the same (`step` 0)."""
+        return slice(self.key, self.key + self.keys) if self.columns is None else self.columns
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which key blocks a group of query blocks must read beyond its near keys."""
+
+    first: int
+    """Index of the first query block."""
+    start: int
+    """Index of the first key block of `blocks`."""
+    blocks: Tensor
+    """(query blocks, key blocks) bool."""
+    far: Tensor
+    """(query blocks,), how many key blocks lie before the near keys of each."""
+
+
+def kept_blocks(
+    query: Tensor,
+    key: Tensor,
+    norms: tuple[Tensor, Tensor],
+    lse: Tensor,
+    *,
+    slope: float,
+    scaling: float,
+    block: int,
+    tolerance: float,
+) -> Iterator[Kept]:
+    """What one head must read beyond its near keys, which start `block` keys before each block of queries.
+
+    Args:
+        query: (batch, queries, head_dim); queries are the last tokens of the keys.
+        key: (batch, keys, head_dim).
+        norms: of the queries, (batch, queries), and of the keys, (keys,) the largest in the batch; float32.
+        lse: (batch, queries), log-sum-exp of the near logits with their bias, nats.
+        slope: logits per token of distance.
+        scaling: of the logits.
+        block: queries, and keys, a block.
+        tolerance: share of a row's weights that everything left out may have together.
+
+    Source: |q·k - q·c| <= |q| r for every key of a block with centroid c and radius r (Cauchy-Schwarz). For all keys
+    further than d, slope × d outgrows |q| |k|, and a geometric series bounds their sum.
+    """
+    slope = max(slope, 1e-30)
+    queries, keys = query.shape[1], key.shape[1]
+    count = -(-queries // block)
+    # Key blocks end where near keys start, so the first may be short; this many lie before the near keys of each block.
+    offset = keys - queries
+    last_far = offset + (count - 2) * block
+    if last_far <= 0:
+        return
+    # Of keys that are far to some query: what is read must not depend on the last tokens, which no other may see.
+    query_norm, key_norm = norms[0] * abs(scaling), float(norms[1][:last_far].max())
+    largest = key_norm * float(query_norm.max())
+    slack = 1e-3 + 1e-5 * largest
+    # Logarithm of the sum of geometric weights, over the weight of the nearest.
+    series = -math.log(-math.expm1(-slope))
+    beyond = slack + min(series, math.log(keys)) - math.log(_TAIL_SHARE * tolerance)
+    if (largest - float(lse.min()) + beyond) / slope <= block:
+        return
+    short = offset % block
+    far = torch.arange(count) - 1 + offset // block + (short > 0)
+    # A query that is not the first of its block is that much further from every far key.
+    rest = lse.float() + slope * (torch.arange(queries) % block)
+    peak = query_norm * key_norm - rest
+    reach = ((_by_block(peak, block).amax(dim=(0, 2)) + beyond) / slope / block).nan_to_num(nan=math.inf)
+    ruled_out = (far - (reach - 1).ceil().clamp(min=0, max=count + keys).long()).clamp(min=0)
+    ends = [*range(0, queries // block, max(1, _GROUP // block)), queries // block]
+    groups = [(first, end) for first, end in zip(ends, [*ends[1:], count], strict=True) if first < end]
+    groups = [(first, end) for first, end in groups if bool((ruled_out[first:end] < far[first:end]).any())]
+    if not groups:
+        return
+    key = key[:, :last_far]
+    centroid, radius, last = _summaries(key.float(), short, block)
+    left = torch.cat([query.float() * scaling, query_norm[..., None], -rest[..., None]], dim=-1)
+    right = torch.cat([centroid, radius[..., None], torch.ones_like(radius)[..., None]], dim=-1)
+    for first, end in groups:
+        start, stop = int(ruled_out[first:end].min()), int(far[first:end].max())
+        rows = slice(first * block, min(end * block, queries))
+        bound = right[:, start:stop] @ left[:, rows].transpose(-1, -2)
+        bound = _by_block(bound, block).amax(dim=(0, 3)).T
+        distance = offset + torch.arange(first, end)[:, None] * block - last[start:stop]
+        share = bound - slope * distance + slack + min(series, math.log(block))
+        is_far = torch.arange(start, stop) < far[first:end, None]
+        out = left_out(share.masked_fill(~is_far, math.inf), (1 - _TAIL_SHARE) * tolerance)
+        yield Kept(first, start, is_far & ~out, far[first:end])
+
+
+def far_spans(groups: Iterable[Kept], queries: int, keys: int, block: int) -> list[Span]:
+    """The kept key blocks of each group as one window right behind the near keys, and the blocks further away."""
+    spans = []
+    for group in groups:
+        rows = slice(group.first * block, min((group.first + len(group.far)) * block, queries))
+        spans += _spans(group, rows, block, keys - queries)
+    return spans
+
+
+def _by_block(values: Tensor, block: int) -> Tensor:
+    """(..., queries) to (..., blocks, block); what fills up the last block is minus infinity."""
+    spare = -values.shape[-1] % block
+    blocks: Tensor = pad(values, (0, spare), value=-math.inf).unflatten(-1, (-1, block))
+    return blocks
+
+
+def _summaries(key: Tensor, short: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Centroid (batch, blocks, head_dim), radius (batch, blocks) and index of the last key (blocks,) of key blocks."""
+    parts = [key[:, :short].unflatten(1, (-1, short))] if short else []
+    parts.append(key[:, short:].unflatten(1, (-1, block)))
+    centroids = [part.mean(dim=2) for part in parts]
+    radii = [
+        (part - centroid[:, :, None]).norm(dim=-1).amax(dim=-1) for part, centroid in zip(parts, centroids, strict=True)
+    ]
+    last = torch.arange((short or block) - 1, key.shape[1], block)
+    return torch.cat(centroids, dim=1), torch.cat(radii, dim=1), last
+
+
+def _spans(group: Kept, rows: slice, block: int, offset: int) -> list[Span]:
+    """The spans of one group, whose queries are `rows`; `offset` is the index of query 0's own key."""
+    kept, far = group.blocks, group.far
+    column = group.start + torch.arange(kept.shape[1])
+    behind = far[:, None] - column
+    window = widest_window(kept, behind)
+    # A block that only some queries keep as a far one must not lie in the window of others.
+    while bool((late := kept & (behind > window) & (column >= far[0] - window)).any()):
+        window = int((behind * late).max())
+    spans = []
+    if window:
+        size = min(block, rows.stop - rows.start)
+        # The near keys of each block of queries start here.
+        ends = [offset + query - block for query in range(rows.start, rows.stop, block)]
+        if ends[0] >= window * block:
+            spans.append(Span(rows.start, len(ends), size, ends[0] - window * block, window * block, block))
+        else:
+            begins = [max(0, end - window * block) for end in ends]
+            spans += [
+                Span(rows.start + index * block, 1, size, begin, end - begin)
+                for index, (begin, end) in enumerate(zip(begins, ends, strict=True))
+                if end > begin
+            ]
+    remote = column[(kept & (behind > window)).any(dim=0)]
+    if len(remote):
+        keys = remote[:, None] * block + torch.arange(block) - (-offset % block)
+        keys = keys[keys >= 0]
+        spans.append(Span(rows.start, 1, rows.stop - rows.start, 0, len(keys), columns=keys))
+    return spans

@@ -1,0 +1,1 @@
+"""What `hf-alibi benchmark` times."""

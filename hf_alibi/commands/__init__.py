@@ -1,0 +1,1 @@
+"""The commands of `hf-alibi`, one file each."""

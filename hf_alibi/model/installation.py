@@ -1,0 +1,138 @@
+"""Putting ALiBi into a model whose config is already an ALiBi config: positions out, backends in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from ..attention.backends import alibi_name
+from ..configuration import Converted, text_config
+from .anatomy import is_rotary, position_modules, self_attentions, text_decoder
+from .families import refusal, stock_type
+from .own_attention import convert_own_attention
+from .positions import NoPositions, NoRotation
+
+__all__ = ["LayerConfig", "check_attention", "check_family", "install_alibi", "undone_on_error"]
+
+
+class LayerConfig:
+    """A self-attention layer's view of its config, whose attention implementation is the ALiBi form.
+
+    The `alibi_*` fields are read from the config of the whole language model, everything else is read from, and set
+    on, the layer's own (some decoders have a copy). So mask builders, `generate` and every other part of transformers
+    see the standard name, and switching it later still gives ALiBi, or an error where a name has no ALiBi form.
+    """
+
+    def __init__(self, config: Any, alibi: Any) -> None:
+        self.__dict__.update(_config=config, _alibi=alibi)
+
+    @property
+    def _attn_implementation(self) -> str:
+        return alibi_name(self.__dict__["_config"]._attn_implementation)
+
+    def __getattr__(self, name: str) -> Any:
+        # Python asks for special methods when it copies and pickles; the config's must not answer for the view.
+        if name.startswith("__") or "_config" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.__dict__["_alibi" if name.startswith("alibi_") else "_config"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["_alibi" if name.startswith("alibi_") else "_config"], name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+def check_family(config: Any) -> None:
+    """Raise ValueError, with the reason, for a config, or the ALiBi form of one, whose family is refused."""
+    reason = refusal(text_config(config)) or refusal(config)
+    if reason is not None:
+        raise ValueError(f"no ALiBi for model_type {stock_type(config)!r}: {reason}; see hf_alibi.supported_families()")
+
+
+def check_attention(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model without any layer that ALiBi could be in."""
+    if not any(True for _ in self_attentions(model)):
+        raise ValueError(f"{type(model).__name__} has no causal self-attention that ALiBi could be added to")
+
+
+def install_alibi(
+    model: PreTrainedModel, model_class: Callable[[type[PreTrainedModel]], type[PreTrainedModel] | None]
+) -> None:
+    """Turn `model`, whose config is already the ALiBi one, and the models inside it into their ALiBi form, in place.
+
+    Args:
+        model: freshly built, or unconverted with its config replaced.
+        model_class: gives the ALiBi form of a class of transformers, None where there is none.
+
+    Installing twice changes nothing, so a model may be built of parts that did it already.
+    """
+    for part in model.modules():
+        if not (isinstance(part, PreTrainedModel) and isinstance(part.config, Converted)):
+            continue
+        made = model_class(type(part))
+        if made is not None:
+            part.__class__ = made
+            # transformers looks up what to record for output_attentions and output_hidden_states by class.
+            _CAN_RECORD_REGISTRY[part] = part._can_record_outputs
+        if part.loss_type is None:
+            # What transformers falls back to, but with a warning on the way that torch.compile cannot trace.
+            part.loss_type = "ForCausalLM"
+    ignored = set()
+    for parent, name, positions in list(position_modules(model)):
+        if not isinstance(positions, (NoPositions, NoRotation)):
+            stand_in = NoRotation(positions) if is_rotary(positions) else NoPositions()
+            positions = stand_in.train(positions.training)
+            setattr(parent, name, positions)
+            if "token_type_ids" in parent._buffers:
+                parent.register_forward_pre_hook(_of_any_length, with_kwargs=True)
+        if isinstance(positions, NoPositions):
+            # A plain checkpoint brings its table along; that it is not loaded is the point.
+            ignored.add(rf"(^|\.){re.escape(name)}\.")
+    model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
+    alibi = text_config(model.config)
+    own = getattr(text_decoder(model), "config", alibi)
+    for _, attention in self_attentions(model):
+        convert_own_attention(attention)
+        config = vars(attention).get("config", own)
+        if not isinstance(config, LayerConfig):
+            # Past the types of torch: a config is no tensor and no module.
+            attention.__dict__["config"] = LayerConfig(config, alibi)
+
+
+def _of_any_length(embeddings: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Give BERT-like embeddings what they would cut from tables that are as long as the table of positions was."""
+    tokens = kwargs.get("input_ids")
+    shape = kwargs["inputs_embeds"].shape[:2] if tokens is None else tokens.shape
+    zeros = torch.zeros(shape, dtype=torch.long, device=embeddings.token_type_ids.device)
+    given = {name: kwargs.get(name) for name in ("position_ids", "token_type_ids")}
+    return args, {**kwargs, **{name: zeros if value is None else value for name, value in given.items()}}
+
+
+@contextmanager
+def undone_on_error(model: PreTrainedModel) -> Iterator[None]:
+    """Where the body raises, every module of `model` gets its class, attributes and parts back."""
+    before = [(module, type(module), _attributes(module)) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, module_class, attributes in before:
+            module.__class__ = module_class
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            if isinstance(module, PreTrainedModel):
+                _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
+        raise
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module, with the dicts in which torch keeps parts and parameters copied."""
+    return {key: copy(value) if isinstance(value, dict) else value for key, value in vars(module).items()}

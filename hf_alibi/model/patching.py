@@ -1,0 +1,93 @@
+"""`apply_alibi`: a pretrained model becomes an ALiBi model, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..attention.backends import check_backend
+from ..configuration import alibi_config, check_sink_tokens, check_slopes, num_heads, text_config
+from .anatomy import is_alibi
+from .families import is_listed
+from .installation import check_attention, check_family, install_alibi, undone_on_error
+from .modeling import model_class
+from .verification import verify_alibi
+
+__all__ = ["apply_alibi", "checked_config"]
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def apply_alibi(model: Model, *, slopes: Sequence[float] | None = None, sink_tokens: int = 0) -> Model:
+    """Replace the position embeddings of `model` by ALiBi (Press et al. 2022, arXiv 2108.12409), in place.
+
+    The class becomes its ALiBi form (`GPT2LMHeadModel` → `AlibiGPT2LMHeadModel`), so that `save_pretrained` writes a
+    checkpoint which the Auto classes load with ALiBi. No parameter is copied or changed; a table of positions goes.
+    The model then needs some training: it has never seen this bias.
+
+    Args:
+        model: of a family in `supported_families()`, with any head. Wrap it (PEFT, compile) afterwards.
+        slopes: one for each head, logits per token of distance; None for the paper's. All zeros mean no positions.
+        sink_tokens: so many tokens at the beginning of each sequence carry no bias as keys, for any query and head:
+            pretrained models rest much of their attention there (Xiao et al. 2023, arXiv 2309.17453). Distances of all
+            other keys stay what they are. 0 is the paper's ALiBi.
+
+    Returns `model`.
+
+    Raises TypeError for what is no `PreTrainedModel`, and sink tokens that are no int; ValueError for a family or class
+    that has no ALiBi form, a model that is converted already, an attention implementation without ALiBi form, slopes
+    that do not fit the heads, a negative number of sink tokens, and any in a model with layers that see a window or a
+    chunk only, or beside `flash_attention_2`; ImportError for `flash_attention_2` without flash-attn. After an error
+    the model is as it was.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"apply_alibi takes a transformers PreTrainedModel, got {type(model).__name__}; "
+            "wrappers such as PEFT's or torch.compile's come after it"
+        )
+    stock: Any = model.config
+    config = checked_config(model, slopes=slopes, sink_tokens=sink_tokens)
+    with undone_on_error(model):
+        _replace_configs(model, {id(stock): config, id(text_config(stock)): text_config(config)})
+        install_alibi(model, model_class)
+        if not is_listed(stock.model_type):
+            _prove(model, stock.model_type)
+    return model
+
+
+def _replace_configs(model: PreTrainedModel, replaced: dict[int, PreTrainedConfig]) -> None:
+    """Put a config in the place of each that is there by its `id`, wherever a module holds it."""
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig) and id(value) in replaced:
+                vars(module)[key] = replaced[id(value)]
+
+
+def _prove(model: PreTrainedModel, model_type: str) -> None:
+    """Raise ValueError where a model of a type that was never tested does not verify."""
+    try:
+        verify_alibi(model)
+    except Exception as error:
+        raise ValueError(
+            f"no ALiBi for model_type {model_type!r}: not in hf_alibi.supported_families(), and trying it gave: {error}"
+        ) from error
+
+
+def checked_config(model: PreTrainedModel, *, slopes: Sequence[float] | None = None, sink_tokens: int = 0) -> Any:
+    """The config that `apply_alibi` gives `model`; raises what it does, as far as nothing has to be changed for it."""
+    check_sink_tokens(sink_tokens)
+    stock: Any = model.config
+    if is_alibi(stock):
+        raise ValueError(f"{type(model).__name__} already has ALiBi; change config.alibi_slopes to change its slopes")
+    check_family(stock)
+    if model_class(type(model)) is None:
+        raise ValueError(
+            f"no ALiBi form of {type(model).__module__}.{type(model).__name__}: it is no class of transformers' own"
+        )
+    check_attention(model)
+    check_backend(text_config(stock)._attn_implementation, sink_tokens)
+    given = None if slopes is None else [float(slope) for slope in slopes]
+    check_slopes(given, num_heads(text_config(stock)))
+    return alibi_config(stock, alibi_slopes=given, alibi_sink_tokens=sink_tokens)

@@ -1,0 +1,20 @@
+"""Lets weights that checkpoints hold in another form than models be converted for ALiBi models too."""
+
+__all__ = ["register_conversions"]
+
+
+def register_conversions() -> None:
+    """Let weights be renamed and merged while ALiBi models load, and back while they save, as in what they convert.
+
+    Experts of most families, among others, stand in checkpoints otherwise than in models. transformers looks up what
+    to do by the name of a class or by model type, and what it does not find it leaves newly initialized. Calling it
+    again changes nothing.
+    """
+    from transformers import conversion_mapping
+
+    conversion_mapping.get_checkpoint_conversion_mapping("")  # makes the table
+    known = conversion_mapping._checkpoint_conversion_mapping_cache
+    for name in [name for name in known if name != "legacy" and not name.lower().startswith("alibi")]:
+        ours = f"Alibi{name}" if name[0].isupper() else f"alibi_{name}"
+        if ours not in known:
+            conversion_mapping.register_checkpoint_conversion_mapping(ours, known[name])

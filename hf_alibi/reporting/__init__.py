@@ -1,0 +1,1 @@
+"""Tables, pictures and reports, made from result files and nothing else."""

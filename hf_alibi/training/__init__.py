@@ -1,0 +1,1 @@
+"""Text to blocks, blocks to a trained model."""

@@ -1,0 +1,332 @@
+"""Text to tokens to blocks: where documents come from, and what is held out."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import torch
+from datasets.exceptions import DatasetGenerationError
+from torch import Tensor
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
+
+from ..errors import InputError, one_line
+from ..evaluation.passkey import passkey_training_tokens
+
+__all__ = [
+    "BYTES",
+    "PASSKEY",
+    "PYTHON_DOCS",
+    "DataArguments",
+    "TokenBlocks",
+    "TokenSplit",
+    "bos_token_id",
+    "count_bytes",
+    "document_numbers",
+    "load_documents",
+    "load_tokenizer",
+    "load_tokens",
+    "pack_blocks",
+]
+
+PYTHON_DOCS = "python-docs"
+PASSKEY = "passkey"
+BYTES = "bytes"
+
+# File extension to the builder of `datasets` that reads it.
+_BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_TEXT = "text"
+
+
+@dataclass
+class DataArguments:
+    """Which text a run reads, and which tail of it is held out."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Dataset on the Hugging Face hub, or {PYTHON_DOCS}: text that ships with CPython, "
+            f"or {PASSKEY}: prompts that hide a number, with the answer."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of dataset_name."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of dataset_name."})
+    text_column: str = field(default=_TEXT, metadata={"help": "Column that holds the text."})
+    train_file: list[str] | None = field(
+        default=None, metadata={"help": f"Local files instead of dataset_name: {', '.join(_BUILDERS)}."}
+    )
+    validation_file: list[str] | None = field(
+        default=None, metadata={"help": "Held-out files; without them the tail of the tokens is held out."}
+    )
+    validation_fraction: float = field(
+        default=0.1,
+        metadata={"help": "Share of the tokens, at the end, that is held out; at least 0, below 1."},
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": f"Tokenizer by path or hub name, or {BYTES} (UTF-8 bytes). Default: the model's own."},
+    )
+
+    document_bos: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Begin each document with the tokenizer's beginning-of-sequence token, in training and evaluation. "
+            "Default: if the tokenizer itself begins texts with it."
+        },
+    )
+    passkey_block_size: int | None = field(
+        default=None,
+        metadata={"help": f"For {PASSKEY}: tokens that whole prompts fill; give the block_size of the training."},
+    )
+    passkey_blocks: int = field(default=4096, metadata={"help": f"For {PASSKEY}: how many such blocks."})
+    passkey_seed: int = field(default=0, metadata={"help": f"For {PASSKEY}: another one gives other prompts."})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_fraction < 1:
+            raise InputError(f"validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1")
+        if (self.dataset_name == PASSKEY) != (self.passkey_block_size is not None):
+            raise InputError(
+                f"dataset_name is {self.dataset_name} and passkey_block_size {self.passkey_block_size}; give "
+                f"passkey_block_size, the block_size of the training, with dataset_name {PASSKEY} and only there"
+            )
+        if self.dataset_name == PASSKEY and self.validation_file is not None:
+            raise InputError(f"the dataset {PASSKEY} holds out blocks of its own; leave validation_file out")
+        if self.passkey_blocks < 1:
+            raise InputError(f"passkey_blocks is {self.passkey_blocks}; it must be at least 1")
+
+
+class TokenSplit(NamedTuple):
+    """Two 1-D int64 tensors of token ids that share no document position."""
+
+    train: Tensor
+    held_out: Tensor
+
+
+class TokenBlocks(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Non-overlapping blocks of one token stream, as `input_ids` and `labels`; the remainder is left out."""
+
+    def __init__(self, tokens: Tensor, block_size: int) -> None:
+        count = tokens.numel() // block_size
+        self.input_ids = tokens[: count * block_size].view(count, block_size)
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        labels = self.input_ids[index].clone()
+        # Nothing predicts a block's first token. Models skip it, but Trainer would count it in its mean.
+        labels[0] = -100
+        return {"input_ids": self.input_ids[index], "labels": labels}
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer by path or hub name; `bytes` is one token a UTF-8 byte and needs no file.
+
+    Raises InputError for no such tokenizer, or one that has no end-of-sequence token to join documents with.
+    """
+    if name == BYTES:
+        return ByT5Tokenizer(extra_ids=0)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # each tokenizer class has its own exceptions for a broken file
+        raise InputError(
+            f"cannot load the tokenizer {name!r}: {one_line(error)}; give a folder, a hub name or {BYTES!r}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"the tokenizer {name!r} has no end-of-sequence token to join documents with; set its eos_token"
+        )
+    return tokenizer
+
+
+def bos_token_id(
+    tokenizer: PreTrainedTokenizerBase, wanted: bool | None = None, *, field: str = "document_bos"
+) -> int | None:
+    """The beginning-of-sequence token that texts begin with, None if they begin without one.
+
+    By default (`wanted` None) the tokenizer decides: it begins texts with the token if models were trained that way
+    (LLaMA, Gemma). `field` is the setting that errors name. Raises InputError if the token is wanted and the tokenizer
+    has none.
+    """
+    token: int | None = tokenizer.bos_token_id
+    if wanted is None:
+        return token if token is not None and tokenizer.encode("a")[:1] == [token] else None
+    if wanted and token is None:
+        raise InputError(f"{field} is true, and the tokenizer has no beginning-of-sequence token; leave it out")
+    return token if wanted else None
+
+
+def load_documents(args: DataArguments) -> datasets.Dataset:
+    """Load the documents of a run in order, as one string column `text`; a .txt file is one document.
+
+    Raises InputError for no or two sources, a missing or unreadable file, and an unknown extension, dataset
+    or column.
+    """
+    if (args.dataset_name is None) == (args.train_file is None):
+        given = "neither" if args.dataset_name is None else "both"
+        raise InputError(f"{given} of dataset_name and train_file given; give exactly one of them")
+    if args.dataset_name == PASSKEY:
+        raise InputError(f"the dataset {PASSKEY} is made of tokens, not of text; use load_tokens")
+    if args.train_file is not None:
+        return _load_files(args.train_file, args.text_column)
+    if args.dataset_name == PYTHON_DOCS:
+        return _load_python_docs()
+    with _loading(f"the dataset {args.dataset_name!r}"):
+        dataset = datasets.load_dataset(args.dataset_name, args.dataset_config_name, split=args.dataset_split)
+    return _only_text(dataset, args.text_column, source=f"the dataset {args.dataset_name!r}")
+
+
+def load_tokens(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> TokenSplit:
+    """Load, deduplicate and tokenise the documents of a run, each followed by the end-of-sequence token.
+
+    Documents begin with the beginning-of-sequence token if `args.document_bos` says so; see `bos_token_id`.
+    Without `validation_file` the last `validation_fraction` of the stream is held out. Of equal documents,
+    also across the two parts, the first is kept. The passkey dataset is held out in whole blocks.
+
+    Raises InputError for what `load_documents` refuses, and where no text is left.
+    """
+    if args.dataset_name == PASSKEY and args.train_file is None:
+        return _load_passkeys(args, tokenizer)
+    seen: set[bytes] = set()
+    bos = bos_token_id(tokenizer, args.document_bos)
+    train = _tokenize(_drop_duplicates(load_documents(args), seen), tokenizer, bos)
+    if not train.numel():
+        raise InputError("the training data is empty: it has no document with text; give files that hold text")
+    if args.validation_file is not None:
+        documents = _load_files(args.validation_file, args.text_column)
+        held_out = _tokenize(_drop_duplicates(documents, seen), tokenizer, bos)
+        if not held_out.numel():
+            raise InputError("validation_file holds no text that is not in the training data; give other text")
+        return TokenSplit(train, held_out)
+    boundary = train.numel() - int(train.numel() * args.validation_fraction)
+    return TokenSplit(train[:boundary], train[boundary:])
+
+
+def pack_blocks(tokens: Tensor, block_size: int, *, name: str = "the text") -> TokenBlocks:
+    """Cut a 1-D stream of tokens into blocks of `block_size`; `name` says in errors which stream it is.
+
+    Raises InputError for not even one block can be filled.
+    """
+    if tokens.numel() < block_size:
+        raise InputError(
+            f"{name} has {tokens.numel()} tokens, too few for one block of block_size {block_size}; "
+            f"give more text or a block_size of at most {tokens.numel()}"
+        )
+    return TokenBlocks(tokens, block_size)
+
+
+def count_bytes(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Count the UTF-8 bytes of the text behind `tokens` (1-D); special tokens stand for none."""
+    return len(tokenizer.decode(tokens.tolist(), skip_special_tokens=True).encode("utf-8"))
+
+
+def document_numbers(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Number the documents of a stream (1-D) from 0, by the end-of-sequence token that each of them ends with.
+
+    Returns int64 of the same shape. The first and the last document may be cut. If the tokenizer has one token for
+    beginning and end, the second of two neighbours begins the next document, since no document is empty.
+    """
+    ends = torch.eq(tokens, tokenizer.eos_token_id).tolist()
+    if tokenizer.bos_token_id == tokenizer.eos_token_id:
+        for index in range(1, len(ends)):
+            ends[index] = ends[index] and not ends[index - 1]
+    ended = torch.tensor(ends, dtype=torch.int64)
+    return ended.cumsum(0) - ended
+
+
+def _load_passkeys(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> TokenSplit:
+    block_size = args.passkey_block_size or 0
+    tokens = passkey_training_tokens(
+        tokenizer,
+        bos_token_id=bos_token_id(tokenizer, args.document_bos),
+        block_size=block_size,
+        blocks=args.passkey_blocks,
+        seed=args.passkey_seed,
+    )
+    boundary = block_size * (args.passkey_blocks - int(args.passkey_blocks * args.validation_fraction))
+    return TokenSplit(tokens[:boundary], tokens[boundary:])
+
+
+def _load_python_docs() -> datasets.Dataset:
+    """Load the help topics of the running CPython (about 465 kB, a little different with each version)."""
+    from pydoc_data.topics import topics
+
+    return datasets.Dataset.from_dict({_TEXT: [topics[name] for name in sorted(topics)]})
+
+
+def _load_files(paths: list[str], column: str) -> datasets.Dataset:
+    for path in paths:
+        if not Path(path).is_file():
+            raise InputError(f"there is no file {path}; give existing {', '.join(_BUILDERS)} files")
+        if Path(path).suffix not in _BUILDERS:
+            raise InputError(f"cannot read {path}: its extension must be one of {', '.join(_BUILDERS)}")
+    # Neighbours of one kind are read together, so the order given is the order of the documents.
+    groups = [
+        (builder, list(group)) for builder, group in groupby(paths, key=lambda path: _BUILDERS[Path(path).suffix])
+    ]
+    return datasets.concatenate_datasets([_load_group(builder, group, column) for builder, group in groups])
+
+
+def _load_group(builder: str, paths: list[str], column: str) -> datasets.Dataset:
+    source = ", ".join(paths)
+    options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
+    if all(Path(path).stat().st_size == 0 for path in paths):
+        raise InputError(f"{source}: empty; give files that hold text")
+    with _loading(source):
+        dataset = datasets.load_dataset(builder, data_files=paths, split="train", **options)
+    return _only_text(dataset, _TEXT if builder == "text" else column, source=source)
+
+
+def _only_text(dataset: datasets.Dataset, column: str, *, source: str) -> datasets.Dataset:
+    if column not in dataset.column_names:
+        raise InputError(
+            f"{source} has no column {column!r}; set text_column to one of {', '.join(dataset.column_names)}"
+        )
+    dtype = getattr(dataset.features[column], "dtype", "nested values")
+    if dtype not in ("string", "large_string"):
+        raise InputError(
+            f"column {column!r} of {source} holds {dtype}, not text; set text_column to one that holds text"
+        )
+    text = dataset.select_columns([column]).cast_column(column, datasets.Value("string"))
+    return text if column == _TEXT else text.rename_column(column, _TEXT)
+
+
+def _drop_duplicates(documents: datasets.Dataset, seen: set[bytes]) -> datasets.Dataset:
+    """Keep the first of equal documents, and none that is empty; `seen` collects the digests of the kept."""
+    kept = []
+    for index, text in enumerate(documents[_TEXT]):
+        digest = hashlib.blake2b((text or "").encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if text and not text.isspace() and digest not in seen:
+            seen.add(digest)
+            kept.append(index)
+    return documents.select(kept)
+
+
+def _tokenize(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, bos: int | None) -> Tensor:
+    first = [] if bos is None else [bos]
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        encoded = tokenizer(batch[_TEXT], add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return {"input_ids": [[*first, *ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
+
+    if not len(documents):
+        return torch.empty(0, dtype=torch.int64)
+    encoded = documents.map(encode, batched=True, remove_columns=[_TEXT], desc="Tokenising")
+    # Arrow's flat buffers: a Python list of every token would need ten times the memory.
+    chunks = encoded.with_format("arrow")[:]["input_ids"].chunks
+    return torch.cat([torch.tensor(chunk.flatten().to_numpy(), dtype=torch.int64) for chunk in chunks])
+
+
+@contextmanager
+def _loading(source: str) -> Iterator[None]:
+    """Turn what `datasets` raises while it loads into one line that names the source."""
+    try:
+        yield
+    except DatasetGenerationError as error:
+        raise InputError(f"cannot read {source}: {one_line(error.__cause__ or error)}; check the file") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load {source}: {one_line(error)}") from error

@@ -1,0 +1,401 @@
+"""The run behind `hf-alibi extrapolate`: folders in, files out; wrong input stops it early."""
+
+import gc
+import json
+import weakref
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, ByT5Tokenizer
+
+import hf_alibi
+from helpers.models import VOCABULARY, stock_model
+from hf_alibi.commands import extrapolate as extrapolation
+from hf_alibi.commands.extrapolate import extrapolate
+from hf_alibi.errors import InputError
+from hf_alibi.evaluation import memory
+from hf_alibi.evaluation import perplexity as evaluation
+from hf_alibi.reporting.results import read_results
+
+FILES = {"results.json", "results.csv", "report.md", "report.html", "perplexity.png", "position_loss.png"}
+BYTES = 259
+
+
+def save(model, folder):
+    """A checkpoint with the tokenizer of bytes beside it."""
+    model.save_pretrained(folder)
+    ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def models(tmp_path):
+    """A GPT-2 with 16 learned positions and its conversion."""
+    options = {"vocab_size": BYTES, "n_positions": 16, "initializer_range": 0.02}
+    original = save(stock_model("gpt2", **options), tmp_path / "original")
+    alibi = save(hf_alibi.apply_alibi(stock_model("gpt2", **options)), tmp_path / "alibi")
+    return {"alibi": alibi, "original": original}
+
+
+@pytest.fixture
+def command(tmp_path, models):
+    """Run with these settings; False leaves a field out."""
+    text = tmp_path / "text.txt"
+    text.write_text("Bytes of a plain text, again and again; é is two of them. " * 40, encoding="utf-8")
+
+    def run(**changes):
+        settings = {
+            "models": models,
+            "train_length": 16,
+            "lengths": [16, 32, 64],
+            "scored_tokens": 128,
+            "stride": 2,
+            "train_file": [str(text)],
+            "validation_fraction": 0.5,
+            "output_dir": str(tmp_path / "out"),
+            **changes,
+        }
+        config = tmp_path / "config.yaml"
+        kept = {field: value for field, value in settings.items() if value is not False}
+        config.write_text(json.dumps(kept), encoding="utf-8")  # JSON is YAML
+        return extrapolate([str(config)])
+
+    return run
+
+
+@pytest.fixture
+def no_evaluation(monkeypatch):
+    """Fails the test where a model is evaluated."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was evaluated")
+
+    monkeypatch.setattr(extrapolation, "evaluate_extrapolation", refuse)
+
+
+def test_a_run_writes_everything_it_found(command, tmp_path, capsys):
+    results = command()
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == FILES
+    assert all(path.stat().st_size > 200 for path in out.iterdir())
+    assert read_results(out) == {"schema": 2, **json.loads(json.dumps(results))}
+    rows = {(r["model"], r["protocol"], r["length"], r["context"]): r for r in results["rows"]}
+    # Two protocols, three lengths; the unconverted model has a cropped baseline too.
+    assert len(rows) == len(results["rows"]) == 2 * 3 * 3
+    assert rows["original", "sliding", 32, "full"]["status"].startswith("cannot run: learned position table has 16")
+    assert (
+        rows["original", "sliding", 64, "cropped"]["perplexity"]
+        == rows["original", "sliding", 16, "full"]["perplexity"]
+    )
+    assert all(200 < r["perplexity"] < 400 for r in rows.values() if r["status"] == "ok")
+    printed = capsys.readouterr().out
+    assert "cannot run" in printed
+    assert all(name in printed for name in FILES)
+
+
+def test_numbers_are_those_of_the_model_in_the_folder(command, models):
+    results = command()
+    model = hf_alibi.AlibiGPT2LMHeadModel.from_pretrained(models["alibi"])
+    text = "Bytes of a plain text, again and again; é is two of them. " * 40
+    stream = torch.tensor(ByT5Tokenizer(extra_ids=0)(text).input_ids)
+    stream = stream[-(len(stream) // 2) :]
+    direct = evaluation.evaluate_extrapolation(
+        model,
+        stream,
+        lengths=[16, 32, 64],
+        train_length=16,
+        scored_tokens=128,
+        stride=2,
+        num_bytes=127,  # the end-of-sequence token stands for no byte
+        progress=False,
+    )
+    given = [row for row in results["rows"] if row["model"] == "alibi"]
+    for row, expected in zip(given, direct.rows, strict=True):
+        assert row["nats_per_token"] == pytest.approx(expected.nats_per_token, abs=1e-6)
+        assert row["bits_per_byte"] == pytest.approx(expected.bits_per_byte, abs=1e-6)
+
+
+def test_results_hold_no_absolute_path(command, tmp_path):
+    command()
+    for name in ("results.json", "results.csv", "report.md", "report.html"):
+        assert str(tmp_path) not in (tmp_path / "out" / name).read_text(encoding="utf-8")
+
+
+def test_defaults_reach_sixteen_times_the_training_length():
+    args = extrapolation.ExtrapolateArguments(models={"a": "b"}, train_length=128, output_dir="out")
+    assert args.protocol() == ([128, 256, 512, 1024, 2048], 128, 8192, None)
+
+
+def test_cropped_baselines_can_be_chosen_and_left_out(command):
+    def cropped(results):
+        return {row["model"] for row in results["rows"] if row["context"] == "cropped"}
+
+    assert cropped(command(output_dir="a", cropped=["alibi"])) == {"alibi"}
+    assert cropped(command(output_dir="b", cropped=["none"])) == set()
+
+
+@pytest.fixture
+def rotary(tmp_path):
+    """A LLaMA made for 32 positions, and its conversion."""
+    options = {"vocab_size": BYTES, "initializer_range": 0.05}
+    original = save(stock_model("llama", **options), tmp_path / "llama")
+    alibi = save(hf_alibi.apply_alibi(stock_model("llama", **options)), tmp_path / "llama-alibi")
+    return {"alibi": alibi, "original": original}
+
+
+def by_key(results):
+    return {(r["model"], r["context"], r["protocol"], r["length"]): r for r in results["rows"]}
+
+
+BASELINE_LABELS = {
+    "rope_linear": "linear RoPE scaling ×2",
+    "rope_dynamic": "dynamic NTK ×2",
+    "rope_yarn": "YaRN ×2",
+    "sliding_window": "window of 16",
+}
+
+
+class TestBaselines:
+    def test_all_that_fit_are_rows_of_their_own(self, command, rotary, tmp_path, capsys):
+        results = command(models=rotary, baselines=["all"], cropped=["none"])
+        assert results["models"]["original"]["baselines"] == BASELINE_LABELS
+        assert results["models"]["alibi"]["baselines"] == {"alibi_linear": "slopes ÷4", "alibi_ntk": "NTK slopes ÷4"}
+        contexts = list(dict.fromkeys((row["model"], row["context"]) for row in results["rows"]))
+        assert contexts == [
+            *(("alibi", context) for context in ("full", "alibi_linear", "alibi_ntk")),
+            *(("original", context) for context in ("full", *BASELINE_LABELS)),
+        ]
+        for text in ((tmp_path / "out" / "report.md").read_text(encoding="utf-8"), capsys.readouterr().out):
+            for label in ("original, YaRN ×2", "original, window of 16", "alibi, NTK slopes ÷4"):
+                assert label in text
+
+    def test_their_numbers_are_those_of_the_model_loaded_so(self, command, rotary):
+        results = by_key(command(models=rotary, baselines=["all"]))
+        parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+        model = AutoModelForCausalLM.from_pretrained(rotary["original"], rope_parameters=parameters)
+        tokens = torch.tensor(
+            ByT5Tokenizer(extra_ids=0)("Bytes of a plain text, again and again; é is two of them. " * 40).input_ids
+        )
+        options = {"train_length": 16, "scored_tokens": 128, "stride": 2, "progress": False}
+        direct = evaluation.evaluate_extrapolation(model, tokens, lengths=[16, 32, 64], **options)
+        for row in direct.rows:
+            given = results["original", "rope_dynamic", row.protocol, row.length]
+            assert given["nats_per_token"] == pytest.approx(row.nats_per_token, abs=1e-5)
+        assert results["original", "rope_dynamic", "sliding", 32]["perplexity"] == pytest.approx(
+            results["original", "full", "sliding", 32]["perplexity"]
+        )
+        for context in BASELINE_LABELS:
+            assert results["original", context, "sliding", 64] != results["original", "full", "sliding", 64]
+
+    def test_the_window_at_the_training_length_is_the_model_itself(self, command, rotary):
+        rows = by_key(command(models=rotary, baselines=["sliding_window"]))
+        own, windowed = (
+            rows["original", context, "sliding", 16]["perplexity"] for context in ("full", "sliding_window")
+        )
+        assert windowed == pytest.approx(own, rel=1e-5)
+
+    def test_what_is_left_out_is_in_the_report(self, command, rotary, tmp_path):
+        results = command(models=rotary, baselines=["all"], lengths=[16, 32], scored_tokens=64)
+        assert set(results["models"]["original"]["left_out"]) == {"rope_linear", "rope_dynamic", "rope_yarn"}
+        report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+        assert "`rope_dynamic` or `rope_yarn`: the longest length, 32, is within the 32 tokens" in report
+
+    def test_lengths_of_the_probe_count_for_the_factor(self, command, rotary):
+        results = command(models=rotary, baselines=["rope_yarn"], passkey_cases=1, passkey_lengths=[256])
+        assert results["models"]["original"]["baselines"] == {"rope_yarn": "YaRN ×8"}
+
+
+class TestIntervals:
+    def test_every_number_has_one_and_the_file_says_how(self, command, tmp_path):
+        results = command()
+        for row in results["rows"]:
+            low, high = row["perplexity_low"], row["perplexity_high"]
+            assert (low is None) == (row["status"] != "ok")
+            assert low is None or low < row["perplexity"] < high
+        # The text is one document.
+        assert results["intervals"]["unit"] == "blocks"
+        assert (results["intervals"]["block_tokens"], results["intervals"]["units"]) == (6, 22)
+        assert "perplexity_low,perplexity_high" in (tmp_path / "out" / "results.csv").read_text(encoding="utf-8")
+
+    def test_documents_are_those_of_the_text(self, command, tmp_path):
+        lines = "".join(json.dumps({"text": f"{n}"}) + "\n" for n in range(300))
+        (tmp_path / "many.jsonl").write_text(lines)
+        results = command(train_file=[str(tmp_path / "many.jsonl")])
+        scored = "".join(f"{n}|" for n in range(300))[-128:]
+        assert results["intervals"]["unit"] == "documents"
+        assert results["intervals"]["units"] == scored.count("|")
+
+    def test_the_converted_model_is_compared_with_every_other_line(self, command):
+        results = command()
+        against = {
+            (e["against_model"], e["against_context"], e["length"])
+            for e in results["comparisons"]
+            if e["length"] == e["against_length"] and e["protocol"] == "sliding"
+        }
+        assert against == {("original", "full", 16), *(("original", "cropped", n) for n in (16, 32, 64))}
+        assert {e["model"] for e in results["comparisons"] if e["length"] != e["against_length"]} == {"alibi"}
+
+
+def test_the_passkey_probe_asks_all_models_and_baselines(command, rotary, tmp_path, capsys):
+    results = command(
+        models=rotary, baselines=["rope_yarn"], passkey_cases=2, passkey_lengths=[160, 200], passkey_depths=[0, 1]
+    )
+    probe = results["passkey"]
+    assert (probe["lengths"], probe["depths"], probe["cases"]) == ([160, 200], [0.0, 1.0], 2)
+    asked = {(row["model"], row["context"], row["length"], row["depth"]) for row in probe["rows"]}
+    lines = [("alibi", "full"), ("original", "full"), ("original", "rope_yarn")]
+    assert asked == {(*line, n, depth) for line in lines for n in (160, 200) for depth in (0.0, 1.0, None)}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*FILES, "passkey.png"}
+    assert "Passkeys found" in capsys.readouterr().out
+    assert "## Passkey probe" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+
+
+def test_models_are_in_memory_one_at_a_time(command, rotary, monkeypatch):
+    alive = weakref.WeakSet()
+    load = extrapolation.load_complete
+
+    def watched(*args, **kwargs):
+        gc.collect()
+        assert not list(alive)
+        model = load(*args, **kwargs)
+        alive.add(model)
+        return model
+
+    monkeypatch.setattr(extrapolation, "load_complete", watched)
+    command(models=rotary, baselines=["all"])
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def test_the_command_line_gives_models_as_json(command, tmp_path, models):
+    command(cropped=["original"])
+    again = json.dumps({"only": models["alibi"]})
+    words = [str(tmp_path / "config.yaml"), "--models", again, "--output_dir", "b", "--cropped", "none"]
+    assert list(extrapolate(words)["models"]) == ["only"]
+
+
+@pytest.mark.usefixtures("no_evaluation")
+class TestWrongInputStopsBeforeEvaluation:
+    """One line, and nothing written."""
+
+    @pytest.fixture
+    def refused(self, command, tmp_path):
+        def check(words, **changes):
+            with pytest.raises(InputError, match=words) as error:
+                command(**changes)
+            assert "\n" not in str(error.value)
+            assert not (tmp_path / "out").exists()
+
+        return check
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"models": {"a": "missing/model"}}, "no folder missing/model"),
+            ({"models": {"a": "./missing"}}, r"no folder \./missing; give an existing folder or a hub name"),
+            ({"models": "a"}, "not JSON"),
+            ({"models": {}}, "must be a mapping"),
+            ({"baselines": ["yarn"]}, "baselines names 'yarn'; allowed: rope_linear"),
+            ({"baselines": ["rope_yarn"]}, "'rope_yarn', which is for none of the models alibi, original"),
+            ({"passkey_cases": -1}, "passkey_cases is -1"),
+            ({"passkey_depths": [0.5, 1.5]}, "passkey_depths is .*from 0 to 1"),
+            ({"passkey_lengths": [0]}, "passkey_lengths is .*at least 1 token"),
+            ({"passkey_lengths": [256, 256]}, "give different numbers"),
+            ({"passkey_cases": 1}, r"passkey_lengths has 16, and .* give passkey_lengths of at least \d+"),
+            ({"cropped": ["other"]}, "cropped names 'other'; the models are alibi, original"),
+            ({"lengths": [32, 64]}, "train_length 16 is not among lengths"),
+            ({"train_length": 0}, "must be at least 1 token"),
+            ({"scored_tokens": 100}, "so set it to 128"),
+            ({"scored_tokens": 4096}, "give more text, fewer scored_tokens or shorter lengths"),
+            ({"validation_fraction": 0.0}, "no text is held out"),
+            ({"attn_implementation": "warp"}, "cannot be built.*warp"),
+            ({"dtype": "float8"}, "float8"),
+            ({"train_file": ["missing.txt"]}, "missing.txt"),
+            ({"lenghts": [16]}, "unknown field 'lenghts'.*did you mean lengths"),
+        ],
+    )
+    def test_settings(self, refused, changes, words):
+        refused(words, **changes)
+
+    def test_truncated_weights_of_the_last_model(self, refused, tmp_path):
+        path = tmp_path / "original" / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1000])
+        refused("model 'original': a weight file in .* is broken or cut short")
+
+    def test_no_weights(self, refused, tmp_path):
+        (tmp_path / "original" / "model.safetensors").unlink()
+        refused("original has no model.safetensors")
+
+    def test_a_missing_shard(self, refused, tmp_path, models):
+        stock_model("gpt2", vocab_size=BYTES).save_pretrained(models["original"], max_shard_size="20KB")
+        (tmp_path / "original" / "model.safetensors").unlink()
+        sorted((tmp_path / "original").glob("model-*"))[1].unlink()
+        refused(r"original has no model-00002")
+
+    def test_a_folder_without_config(self, refused, tmp_path):
+        (tmp_path / "original" / "config.json").unlink()
+        refused("model 'original' .* cannot be built")
+
+    def test_other_vocabulary(self, refused, tmp_path):
+        other = save(stock_model("gpt2"), tmp_path / "small")
+        assert stock_model("gpt2").config.vocab_size == VOCABULARY
+        refused("vocabularies have different sizes", models={"alibi": str(tmp_path / "alibi"), "small": other})
+
+    def test_other_tokenizer(self, refused, tmp_path, models):
+        # Six more ids for bytes shift every byte's id.
+        path = tmp_path / "original" / "tokenizer_config.json"
+        path.unlink()
+        for file in (tmp_path / "original").glob("*token*"):
+            file.unlink()
+        shifted_tokenizer().save_pretrained(models["original"])
+        refused("tokenizer of model 'original' splits the text otherwise")
+
+    def test_full_output_folder(self, command, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "results.json").write_text("mine")
+        with pytest.raises(InputError, match="is not empty"):
+            command()
+        assert (tmp_path / "out" / "results.json").read_text() == "mine"
+
+    def test_more_than_memory(self, refused, monkeypatch):
+        monkeypatch.setattr(memory, "_available_bytes", lambda device: 1000)
+        refused("of memory is free; use shorter lengths")
+
+    def test_no_matplotlib(self, refused, monkeypatch):
+        monkeypatch.setattr("hf_alibi.reporting.plots.find_spec", lambda name: None)
+        refused(r"hf-alibi\[plots\]")
+
+
+def shifted_tokenizer():
+    """A tokenizer of characters, with other ids than those of bytes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<eos>": 0, "<unk>": 1, **{chr(c): c - 30 for c in range(32, 127)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+
+
+def test_weights_that_are_missing_in_the_file_are_not_made_up(command, tmp_path):
+    path = tmp_path / "original" / "model.safetensors"
+    weights = load_file(path)
+    del weights["transformer.wpe.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks 1 of its weights \(transformer\.wpe\.weight"):
+        command()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_named_for_all_serves_models_without_one(command, tmp_path):
+    for name in ("alibi", "original"):
+        for file in (tmp_path / name).glob("*token*"):
+            file.unlink()
+    with pytest.raises(InputError, match="cannot load the tokenizer"):
+        command()
+    assert len(command(tokenizer_name="bytes")["rows"]) == 18

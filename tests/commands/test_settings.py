@@ -1,0 +1,192 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import TrainingArguments
+
+from hf_alibi.commands.settings import load_settings, read_yaml, resolve_settings, save_settings
+from hf_alibi.errors import InputError
+
+
+@dataclasses.dataclass
+class Colours:
+    hue: str = "red"
+    shades: list[str] | None = None
+    mix: dict | str | None = None
+    depth: float = 0.5
+    bright: bool = True
+
+
+CLASSES = (Colours, TrainingArguments)
+NOT_SAVED = ("resume_from_checkpoint", "hub_token", "local_rank", "do_eval", "include_num_input_tokens_seen")
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "run.yaml"
+
+    def write(**values):
+        path.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "out"), **values}))
+        return str(path)
+
+    return write
+
+
+def test_yaml_fills_the_dataclasses(config):
+    colours, training = load_settings(CLASSES, [config(hue="blue", shades=["a", "b"], max_steps=7, bright=False)])
+    assert (colours.hue, colours.shades, colours.bright) == ("blue", ["a", "b"], False)
+    assert training.max_steps == 7
+
+
+def test_exponents_without_a_dot_are_floats(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("learning_rate: 5e-4\ndepth: -1e-3\n")
+    assert yaml.safe_load(path.read_text())["learning_rate"] == "5e-4"  # why this needs care
+    colours, training = load_settings(CLASSES, [str(path)])
+    assert training.learning_rate == 5e-4
+    assert colours.depth == -1e-3
+
+
+@pytest.mark.parametrize("words", [["--hue", "green"], ["--hue=green"]])
+def test_command_line_wins(config, words):
+    assert load_settings(CLASSES, [config(hue="blue"), *words])[0].hue == "green"
+
+
+def test_command_line_forms(config):
+    words = ["--max-steps", "3", "--no_bright", "--shades", "x", "y"]
+    colours, training = load_settings(CLASSES, [config(shades=["a"]), *words])
+    assert (training.max_steps, colours.bright, colours.shades) == (3, False, ["x", "y"])
+
+
+def test_null_is_the_default(config):
+    assert load_settings(CLASSES, [config(hue=None)])[0].hue == "red"
+
+
+@pytest.mark.parametrize("words", [["--hue", "null", "--depth", "1"], ["--depth", "1", "--hue=null"]])
+def test_null_on_the_command_line_takes_the_yaml_value_back(config, words):
+    colours, _ = load_settings(CLASSES, [config(hue="blue"), *words])
+    assert (colours.hue, colours.depth) == ("red", 1.0)
+
+
+def test_mapping_arrives_as_json(config):
+    colours, training = load_settings(CLASSES, [config(mix={"a": 1}, lr_scheduler_kwargs={"num_cycles": 2})])
+    assert colours.mix == '{"a": 1}'
+    assert training.lr_scheduler_kwargs == {"num_cycles": 2}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "no configuration file"),
+        (["--hue", "blue"], "no configuration file"),
+        (["missing.yaml"], "cannot read the configuration file missing.yaml: No such file"),
+    ],
+)
+def test_configuration_file_is_required(argv, message):
+    with pytest.raises(InputError, match=message):
+        load_settings(CLASSES, argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "holds nothing"), ("- 1", "holds list"), ("a: [", "not valid YAML"), ("a: b: c", "not valid YAML")],
+)
+def test_yaml_that_is_no_mapping(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message) as raised:
+        read_yaml(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_unknown_yaml_field_names_file_and_closest(config):
+    with pytest.raises(InputError, match=r"'learning_rat' in .*run\.yaml; did you mean learning_rate"):
+        load_settings(CLASSES, [config(learning_rat=1)])
+
+
+@pytest.mark.parametrize("word", ["--max_step", "--max_step=5", "--no_hues"])
+def test_unknown_command_line_field(config, word):
+    # argparse would take --max_step for --max_steps
+    with pytest.raises(InputError, match=r"unknown field .* in the command line; did you mean"):
+        load_settings(CLASSES, [config(), word, "5"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max_steps", "many"], "invalid int value: 'many'"),
+        (["--bright", "perhaps"], "bright"),
+        (["--eval_strategy", "often"], "often"),
+        (["--hue", "blue", "green"], "cannot place 'green'"),
+        (["--hue"], "expected one argument"),
+    ],
+)
+def test_bad_value_is_one_line(config, words, message, capsys):
+    with pytest.raises(InputError, match=message) as raised:
+        load_settings(CLASSES, [config(), *words])
+    assert "\n" not in str(raised.value)
+    assert capsys.readouterr().err == ""
+
+
+def test_empty_list(config):
+    with pytest.raises(InputError, match=r"shades: \[\] is empty"):
+        load_settings(CLASSES, [config(shades=[])])
+
+
+def test_help_lists_the_fields(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        load_settings(CLASSES, ["--help"])
+    assert stopped.value.code == 0
+    assert "--shades" in capsys.readouterr().out
+
+
+def test_saved_settings_load_as_the_same(config, tmp_path):
+    argv = [config(shades=["a"], learning_rate=3e-4, warmup_steps=5, eval_strategy="steps", eval_steps=10)]
+    first = load_settings(CLASSES, [*argv, "--depth", "0.25", "--lr_scheduler_type", "cosine"])
+    save_settings(tmp_path / "saved.yaml", first)
+    again = load_settings(CLASSES, [str(tmp_path / "saved.yaml")])
+    assert again[0] == first[0]
+    assert again[1].to_dict() == first[1].to_dict()
+
+
+def test_every_setting_is_saved_but_what_belongs_to_the_machine(config, tmp_path):
+    settings = load_settings(
+        CLASSES, [config(max_steps=5), "--resume_from_checkpoint", "true", "--hub_token", "secret"]
+    )
+    resolved = resolve_settings(settings)
+    own = {"hue": "red", "shades": None, "mix": None, "depth": 0.5, "bright": True}
+    assert own.items() <= resolved.items()
+    trained = {"max_steps": 5, "seed": 42, "lr_scheduler_type": "linear", "weight_decay": 0.0, "adam_beta2": 0.999}
+    assert trained.items() <= resolved.items()
+    left_out = settings[1].to_dict().keys() - resolved.keys()
+    of_the_cpu = set() if torch.accelerator.is_available() else {"use_cpu", "dataloader_pin_memory"}
+    assert left_out == {*NOT_SAVED, *of_the_cpu}
+    assert resolved["output_dir"] == str(tmp_path / "out")
+
+
+def test_mixed_precision_needs_no_word_about_the_cpu(config, monkeypatch):
+    """transformers refuses bf16 without an accelerator unless it is told to use the CPU."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda *args, **kwargs: False)
+    settings = load_settings(CLASSES, [config(bf16=True)])
+    assert settings[1].bf16
+    assert settings[1].use_cpu
+    assert resolve_settings(settings)["bf16"] is True
+    assert not {"use_cpu", "dataloader_pin_memory"} & resolve_settings(settings).keys()
+
+
+def test_output_dir_is_kept_as_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text("output_dir: runs/one\n")
+    assert resolve_settings(load_settings(CLASSES, ["run.yaml"]))["output_dir"] == "runs/one"
+
+
+def test_resolving_leaves_the_process_group_alone(config):
+    from accelerate import PartialState
+
+    settings = load_settings(CLASSES, [config(use_cpu=True)])
+    before = dict(PartialState._shared_state)
+    resolve_settings(settings)
+    assert PartialState._shared_state is not None
+    assert all(PartialState._shared_state[name] is value for name, value in before.items())

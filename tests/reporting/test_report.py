@@ -1,0 +1,352 @@
+"""The report says what the numbers say, whichever way they go."""
+
+import math
+
+import pytest
+
+from helpers.made_up import made_up_results, with_keys
+from hf_alibi.reporting.curves import format_value
+from hf_alibi.reporting.findings import price
+from hf_alibi.reporting.report import passkey_rows, write_report
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+LENGTHS = [128, 512, 2048]
+ALIBI, ORIGINAL, CROPPED = ("alibi", "full"), ("original", "full"), ("original", "cropped")
+YARN, SLOPES = ("original", "rope_yarn"), ("alibi", "alibi_linear")
+LABELS = {"rope_yarn": "YaRN ×4", "alibi_linear": "slopes ÷16"}
+
+
+def results_of(alibi, *, cropped=True, extra=None, **options):
+    """Results of an ALiBi model with these perplexities and an original that stops at 128 with 30."""
+    lines = {ALIBI: alibi, ORIGINAL: (30.0, None, None)}
+    if cropped:
+        lines[CROPPED] = (30.0, 30.0, 30.0)
+    return made_up_results({**lines, **(extra or {})}, lengths=LENGTHS, labels=LABELS, **options)
+
+
+@pytest.fixture
+def written(tmp_path):
+    """The text of the report of these results."""
+
+    def write(results):
+        for name in ("perplexity.png", "position_loss.png", *(["passkey.png"] if "passkey" in results else [])):
+            (tmp_path / name).write_bytes(b"PNG")
+        paths = write_report(results, tmp_path)
+        assert [path.name for path in paths] == ["report.md", "report.html"]
+        return paths[0].read_text(encoding="utf-8")
+
+    return write
+
+
+def findings(text):
+    """The sentences of the findings."""
+    return [line[2:] for line in text.split("## Findings\n")[1].split("\n## ")[0].splitlines() if line]
+
+
+def says(text, *words):
+    """The one finding that holds all the words."""
+    found = [line for line in findings(text) if all(word in line for word in words)]
+    assert len(found) == 1, (words, found)
+    return found[0]
+
+
+def test_tables_come_first_and_findings_are_at_most_five_sentences(written):
+    text = written(with_keys(results_of((29.0, 28.0, 27.0)), {ALIBI: (10, 1)}, lengths=[128, 2048]))
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    assert headings[:4] == [
+        "## Sliding window, stride an eighth of the length",
+        "## Non-overlapping windows",
+        "## Passkey probe",
+        "## Findings",
+    ]
+    assert len(findings(text)) == 5
+    assert all(line.count(". ") == 0 for line in findings(text))
+
+
+class TestTraining:
+    def test_steps_and_tokens_come_first(self, written):
+        assert findings(written(results_of((29.0, 28.0, 27.0))))[0] == (
+            "**alibi** was trained for 2,000 steps on 1,000,000 tokens, after its layers were fitted to 300,000 "
+            "tokens; **original** was trained for 2,000 steps on 1,000,000 tokens."
+        )
+
+    @pytest.mark.parametrize("training", [{"steps": 6, "tokens": 10**6}, {"steps": 1000, "tokens": 99_999}])
+    def test_too_little_training_gets_no_conclusions(self, written, training):
+        results = results_of((29.0, 28.0, 27.0))
+        results["models"]["alibi"]["training"] = {**training, "distilled": 0, "continued": False}
+        first, *others = findings(written(results))
+        assert first.endswith(": too little for **alibi** to be judged by, so nothing is concluded here.")
+        assert f"trained for {training['steps']:,} steps on {training['tokens']:,} tokens" in first
+        assert len(others) == 1
+        assert "passkey" in others[0]
+        line = price(results, "alibi", "original", "sliding")
+        assert line.endswith("(29.00 against 30.00): too little training to judge by.")
+
+    def test_a_conversion_that_is_trained_further_is_not_judged_by_its_last_steps(self, written):
+        results = results_of((29.0, 28.0, 27.0))
+        results["models"]["alibi"]["training"] = {"steps": 2, "tokens": 64, "distilled": 0, "continued": True}
+        first = findings(written(results))[0]
+        assert first.startswith("**alibi** was trained further, for 2 steps on 64 tokens; **original**")
+        assert "too little" not in first
+
+    def test_keys_are_counted_and_not_read_after_too_little_training(self, written):
+        results = with_keys(results_of((29.0, 28.0, 27.0)), {ALIBI: (10, 0)}, lengths=[128, 2048])
+        results["models"]["alibi"]["training"]["steps"] = 10
+        assert says(written(results), "Of passkeys").endswith("0 of 20 [0%, 16%] at 2048.")
+
+    def test_a_probe_that_a_model_cannot_run_was_run(self, written):
+        results = with_keys(results_of((29.0, 28.0, 27.0)), {ALIBI: (None,)}, lengths=[4096])
+        assert says(written(results), "passkey probe") == "**alibi** runs at none of the lengths of the passkey probe."
+
+    def test_just_enough_is_enough(self, written):
+        results = results_of((29.0, 28.0, 27.0))
+        results["models"]["alibi"]["training"] = {"steps": 50, "tokens": 100_000, "distilled": 0, "continued": False}
+        assert len(findings(written(results))) == 5
+
+    def test_an_original_as_it_was_given_is_judged(self, written):
+        results = results_of((29.0, 28.0, 27.0))
+        results["models"]["original"]["training"] = None
+        assert findings(written(results))[0].endswith("; how long **original** was trained is not known.")
+        assert len(findings(written(results))) == 5
+
+
+class TestPrice:
+    def test_worse(self, written):
+        assert says(written(results_of((33.0, 28.0, 27.0))), "the length of the training") == (
+            "At 128 tokens, the length of the training, the perplexity of **alibi** is 1.100 [1.089, 1.111] times that "
+            "of **original** (33.00 against 30.00): that is the price of the conversion."
+        )
+
+    def test_better_and_neither(self, written):
+        assert "costs nothing there" in says(written(results_of((29.0, 28.0, 27.0))), "the length of the training")
+        assert "has no measurable price there" in says(
+            written(results_of((30.1, 28.0, 27.0))), "the length of the training"
+        )
+
+    def test_it_is_the_number_of_the_sliding_protocol(self, written):
+        results = results_of((33.0, 28.0, 27.0))
+        for entry in results["comparisons"]:
+            if entry["protocol"] != "sliding":
+                entry |= {"ratio": 9.0, "ratio_low": 8.0, "ratio_high": 9.5}
+        assert "1.100" in says(written(results), "the length of the training")
+
+
+class TestLongerThanTraining:
+    def test_falling_perplexity_helps(self, written):
+        assert says(written(results_of((29.0, 28.0, 27.0))), "times its own") == (
+            f"At 2048 tokens, 16 {TIMES} the training length, the perplexity of **alibi** is 0.931 [0.922, 0.940] "
+            "times its own at 128 (27.00 against 29.00): the added context helps."
+        )
+
+    def test_rising_perplexity_hurts(self, written):
+        line = says(written(results_of((29.0, 31.0, 33.0))), "times its own")
+        assert "is 1.138 [1.127, 1.149] times" in line
+        assert line.endswith(": the added context hurts.")
+
+    def test_a_difference_within_its_interval_is_none(self, written):
+        assert says(written(results_of((30.0, 30.0, 30.2))), "times its own").endswith(": no difference is shown.")
+        # The same numbers with narrower intervals are a difference.
+        assert "hurts" in says(written(results_of((30.0, 30.0, 30.2), spread=0.001)), "times its own")
+
+    def test_an_unconverted_model_has_no_training_length_here(self, written):
+        text = written(made_up_results({ORIGINAL: (30.0, 31.0, 32.0)}, lengths=LENGTHS))
+        assert says(text, "times its own").startswith("At 2048 tokens the perplexity of **original**")
+        assert "converting" not in text
+
+
+class TestAgainstTheBest:
+    def test_the_lowest_perplexity_at_each_length_counts(self, written):
+        text = written(results_of((31.0, 30.1, 27.0), extra={YARN: (30.0, 25.0, 60.0)}))
+        assert says(text, "best form") == (
+            "Against the best form of **original** at each length (itself, cropped to 128, YaRN ×4), **alibi** wins at "
+            "2048 and loses at 128 and 512; at 2048 that is **original, cropped to 128**, and the perplexity of "
+            "**alibi** is 0.900 [0.891, 0.909] times its (27.00 against 30.00): these numbers speak for converting at "
+            "2048 tokens."
+        )
+
+    def test_a_tie_is_not_a_win(self, written):
+        line = says(written(results_of((31.0, 29.9, 29.9))), "best form")
+        assert "loses at 128 and shows no difference at 512 and 2048" in line
+        assert line.endswith(": these numbers do not speak for converting.")
+        line = says(written(results_of((31.0, 29.9, 29.9), spread=0.001)), "best form")
+        assert line.endswith(": these numbers speak for converting at 512 to 2048 tokens.")
+
+    def test_one_baseline_that_is_as_good_is_enough_to_not_convert(self, written):
+        line = says(written(results_of((31.0, 28.0, 27.0), extra={YARN: (31.0, 28.0, 27.0)})), "best form")
+        assert "do not speak for converting" in line
+
+    def test_a_win_that_does_not_last_is_no_reason_to_convert(self, written):
+        line = says(written(results_of((31.0, 28.0, 31.0))), "best form")
+        assert "wins at 512 and loses at 128 and 2048" in line
+        assert "do not speak for converting" in line
+
+    def test_where_nothing_else_runs(self, written):
+        line = says(written(results_of((31.0, 30.0, 29.0), cropped=False)), "best form")
+        # It may be bad there: alone is not better.
+        assert line.endswith("loses at 128 and is alone at 512 and 2048, where **original** cannot run.")
+
+    def test_a_comparison_of_unequal_training_gives_no_advice_and_no_price(self, written):
+        for training in (None, {"steps": 3, "tokens": 192, "distilled": 0, "continued": False}):
+            results = results_of((29.0, 28.0, 27.0))
+            results["models"]["original"]["training"] = training
+            assert says(written(results), "best form").endswith("(27.00 against 30.00).")
+            line = says(written(results), "the length of the training")
+            assert line.endswith("not known to be trained alike, so not the price of the conversion alone.")
+
+    def test_no_difference_at_all_is_a_sentence(self, written):
+        line = says(written(results_of((30.0, 30.0, 30.0))), "best form")
+        assert "**alibi** shows no difference at 128, 512 and 2048; at 2048" in line
+
+    def test_the_slopes_of_the_converted_model_are_no_rival(self, written):
+        text = written(results_of((29.0, 28.0, 27.0), extra={SLOPES: (9.0, 9.0, 9.0)}))
+        assert "wins at 128, 512 and 2048" in says(text, "best form")
+
+    def test_exploding_perplexity_is_a_factor(self, written):
+        assert "100.0 [99.01, 101.0] times its (3000 against 30.00)" in written(results_of((29.0, 300.0, 3000.0)))
+
+
+class TestPasskeys:
+    def found(self, results, alibi, original=(10, None)):
+        return with_keys(results, {ALIBI: alibi, ORIGINAL: original}, lengths=[128, 2048])
+
+    def test_not_run(self, written):
+        text = written(results_of((29.0, 28.0, 27.0)))
+        assert "is not known: the passkey probe was not run (`passkey_cases`)" in says(text, "far back")
+        assert "whether distant facts are found is not known" in text
+        assert "passkey.png" not in text
+
+    def test_lost_with_length(self, written):
+        text = written(self.found(results_of((29.0, 28.0, 27.0)), (10, 1)))
+        line = says(text, "Of passkeys **alibi** finds")
+        assert "finds 20 of 20 [84%, 100%] at 128 tokens and 2 of 20 [3%, 30%] at 2048" in line
+        assert line.endswith(": it finds less in long contexts.")
+        assert "| alibi | 100% [84%, 100%] | 10% [3%, 30%] |" in text
+        assert "| original | 100% [84%, 100%] | cannot run |" in text
+        assert "![Share of keys found by depth and length, one panel a model](passkey.png)" in text
+        assert "was not run" not in text
+
+    def test_a_loss_counts_though_the_intervals_of_both_ends_meet(self, written):
+        line = says(written(self.found(results_of((29.0, 28.0, 27.0)), (10, 7))), "Of passkeys")
+        assert "14 of 20 [48%, 85%] at 2048: it finds less" in line
+
+    def test_kept(self, written):
+        line = says(written(self.found(results_of((29.0, 28.0, 27.0)), (10, 9))), "Of passkeys")
+        assert line.endswith(": no loss with length is shown.")
+
+    def test_a_low_start_says_nothing_about_length(self, written):
+        line = says(written(self.found(results_of((29.0, 28.0, 27.0)), (4, 0))), "Of passkeys")
+        assert line.endswith(": it does not know the task, so this says nothing about length.")
+
+    def test_table_rows_are_named(self):
+        results = self.found(results_of((29.0, 28.0, 27.0)), (10, 1))
+        assert [name for name, _ in passkey_rows(results)] == ["alibi", "original"]
+
+
+def test_a_model_that_cannot_run_is_in_the_tables(written):
+    text = written(results_of((29.0, 28.0, 27.0)))
+    assert text.count("| original | 30.00 [27.27, 33.00] | cannot run | cannot run |") == 2
+    assert text.count("| original, cropped to 128 | " + " | ".join(["30.00 [27.27, 33.00]"] * 3)) == 2
+
+
+def test_tables_have_both_protocols_intervals_and_units(written):
+    text = written(results_of((29.0, 28.0, 27.0)))
+    assert text.count(f"| model | 128 (1 {TIMES}) | 512 (4 {TIMES}) | 2048 (16 {TIMES}) |") == 4
+    assert text.count("| tokens seen | 113–128 | 449–512 | 1793–2048 |") == 2
+    assert text.count("| tokens seen | 1–128 | 1–512 | 1–2048 |") == 2
+    assert text.count("| alibi | 29.00 [26.36, 31.90] | 28.00 [25.45, 30.80] | 27.00 [24.55, 29.70] |") == 2
+    assert text.count(f"| alibi | {math.log2(29):.3f} | {math.log2(28):.3f} | {math.log2(27):.3f} |") == 2
+
+
+def test_every_comparison_is_in_a_table_of_ratios(written):
+    text = written(results_of((31.0, 30.0, 27.0), extra={SLOPES: (40.0, 30.0, 20.0)}))
+    assert "| original | 1.033 [1.023, 1.044] | - | - |" in text
+    assert "| original, cropped to 128 | 1.033 [1.023, 1.044] | 1.000 [0.990, 1.010] | 0.900 [0.891, 0.909] |" in text
+    assert "| alibi, slopes ÷16 | 0.775 [0.767, 0.783] | 1.000 [0.990, 1.010] | 1.350 [1.337, 1.364] |" in text
+
+
+def test_each_model_has_its_own_limit_and_training(written):
+    results = results_of((29.0, 28.0, 27.0))
+    results["models"]["original"] |= {"made_for": 8192, "training": None}
+    text = written(results)
+    assert "| ALiBi | any length, trained at 128 | 2,000 steps, 1,000,000 tokens |" in text
+    assert r"| p\|q | 8,192 tokens | not known |" in text
+    assert "how many times the 128 tokens it is that conversions are trained at" in text
+    results["models"]["original"]["made_for"] = None
+    assert r"| p\|q | not said |" in written(results)
+
+
+@pytest.mark.parametrize(
+    ("documents", "windows", "words"),
+    [
+        (None, None, "documents do not begin with a beginning-of-sequence token; nor does any window."),
+        ("<s>", "<s>", "begins with `<s>`; every window begins with `<s>`, in place of its oldest token."),
+        ("<s>", None, "every document begins with `<s>`; windows begin in the middle of documents, without one."),
+        (None, "<s>", "documents do not begin with one; every window begins with `<s>`, in place of its oldest token."),
+    ],
+)
+def test_the_beginning_of_sequence_is_told(written, documents, windows, words):
+    results = results_of((29.0, 28.0, 27.0))
+    results["settings"] |= {"document_bos": documents, "window_bos": windows}
+    assert words in written(results)
+
+
+def test_a_fixed_stride_is_named(written):
+    results = results_of((29.0, 28.0, 27.0))
+    results["settings"]["stride"] = 16
+    text = written(results)
+    assert "## Sliding window, stride 16 tokens" in text
+    assert "moves on by 16 tokens and scores only the tokens that are new in it." in text
+
+
+def test_one_window_is_singular(written):
+    results = results_of((29.0, 28.0, 27.0))
+    results["position_loss"]["alibi"]["windows"] = 1
+    text = written(results)
+    assert "alibi: 1 window of 2048 tokens" in text
+    assert "original: 2 windows of 2048 tokens" in text
+
+
+def test_it_says_how_intervals_were_made(written):
+    results = results_of((29.0, 28.0, 27.0))
+    assert "95% percentile bootstrap, 2000 resamples, documents drawn with replacement, 40 of them" in written(results)
+    results["intervals"] |= {"unit": "blocks", "units": 32, "documents": 3, "block_tokens": 256}
+    text = written(results)
+    assert "blocks of 256 neighbouring tokens drawn with replacement, 32 of them" in text
+    assert "documents in the scored tokens: 3, too few to draw from" in text
+
+
+def test_what_is_left_out_is_said_with_the_reason(written):
+    results = results_of((29.0, 28.0, 27.0))
+    results["models"]["original"]["left_out"] = {"rope_yarn": "of this", "rope_linear": "of this", "x": "of that"}
+    text = written(results)
+    assert "- **original** has no `rope_yarn` or `rope_linear`: of this." in text
+    assert "- **original** has no `x`: of that." in text
+
+
+def test_it_says_what_was_compared_and_what_is_not_shown(written):
+    text = written(results_of((29.0, 28.0, 27.0)))
+    assert "The same 8,192 tokens" in text
+    assert "some text" in text
+    assert r"p\|q" in text
+    assert "12,345" in text
+    assert "(perplexity.png)" in text
+    assert "(position_loss.png)" in text
+    assert "not long-context use" in text
+    assert "early-token curse" in text
+    assert "None" not in text
+
+
+def test_the_cropped_baseline_is_explained_where_there_is_one(written):
+    reason = "which reads only the last 128 tokens at every length"
+    assert reason in written(results_of((29.0, 28.0, 27.0)))
+    without = written(results_of((29.0, 28.0, 27.0), cropped=False))
+    assert reason not in without
+    assert "cropped" not in without
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "-"), (0.5, "0.500"), (1.23456, "1.235"), (999.96, "1000.0"), (12345.6, "12346")],
+)
+def test_numbers_have_four_digits(value, text):
+    assert format_value(value) == text
