@@ -1,28 +1,76 @@
-"""The command line: `hf-alibi convert CONFIG.yaml ...`, and likewise the other commands."""
+"""The command line: `hf-alibi COMMAND [CONFIG.yaml] [--field value ...]`."""
+
+from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from .commands.fields import check_names, field_names, help_lines, split_argv, training_fields
 from .errors import InputError
 
 __all__ = ["main"]
 
-_USAGE = """\
-usage: hf-alibi COMMAND CONFIG.yaml [--field value ...]
 
-commands:
-  convert       turn a pretrained model into an ALiBi model by the whole recipe, and compare
-  ablation      train with one part of that recipe changed at a time, over several seeds
-  finetune      convert a model to ALiBi (or leave it alone) and train it
-  extrapolate   trained models and their baselines at lengths beyond training
-  benchmark     time and memory of ALiBi against what a model used before
+class _Command(NamedTuple):
+    """A row of the table of commands. Modules are imported when needed: --help and wrong usage take no torch."""
 
-`hf-alibi COMMAND --help` lists every field; `hf-alibi --version` prints the version."""
+    summary: str
+    run: str
+    """Module and function, which is given the words after the command."""
+    settings: tuple[str, ...]
+    """Module and dataclass of the package's own fields."""
+    trains: bool = False
+    """Whether it also takes the fields of `transformers.TrainingArguments`."""
+
+
+_DATA = "training.settings:DataArguments"
+_TRAINING = ("training.settings:FinetuneArguments", "conversion.settings:ConversionArguments", _DATA)
+_COMMANDS = {
+    "convert": _Command(
+        "turn a pretrained model into an ALiBi model by the whole recipe, and compare",
+        "commands.convert:command",
+        ("evaluation.settings:ControlArguments", *_TRAINING),
+        trains=True,
+    ),
+    "finetune": _Command(
+        "convert a model to ALiBi (or leave it alone) and train it",
+        "commands.finetune:command",
+        _TRAINING,
+        trains=True,
+    ),
+    "extrapolate": _Command(
+        "trained models and their baselines at lengths beyond training",
+        "commands.extrapolate:extrapolate",
+        ("evaluation.settings:ExtrapolateArguments", _DATA),
+    ),
+    "ablation": _Command(
+        "train with one part of the recipe changed at a time, over several seeds",
+        "commands.ablation:ablation",
+        ("training.settings:AblationArguments", *_TRAINING),
+        trains=True,
+    ),
+    "benchmark": _Command(
+        "time and memory of ALiBi against what a model used before",
+        "commands.benchmark:benchmark",
+        ("benchmark.settings:BenchmarkArguments",),
+    ),
+}
+
+_USAGE = "\n".join(
+    [
+        "usage: hf-alibi COMMAND [CONFIG.yaml] [--field value ...]",
+        "",
+        "commands:",
+        *(f"  {name:<13} {command.summary}" for name, command in _COMMANDS.items()),
+        "",
+        "`hf-alibi COMMAND --help` lists the fields; `hf-alibi --version` prints the version.",
+    ]
+)
 
 _INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 
@@ -30,8 +78,8 @@ _INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 for input that cannot be used, 2 for wrong usage.
 
-    Input errors and errors of the operating system are one line on stderr; any other exception is a bug and
-    keeps its traceback.
+    Input errors and errors of the operating system are one line on stderr; any other exception is a bug and keeps its
+    traceback.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     out = Console(markup=False, highlight=False, soft_wrap=True)
@@ -46,8 +94,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = f"no command {words[0]!r}" if words else "no command given"
         err.print(f"hf-alibi: error: {given}; commands: {', '.join(_COMMANDS)}; see hf-alibi --help")
         return 2
+    name, rest = words[0], words[1:]
     try:
-        _COMMANDS[words[0]](words[1:])
+        if {"-h", "--help", "--help-all"} & set(rest):
+            out.print(_help(name, everything="--help-all" in rest, width=out.width))
+        else:
+            _run(_COMMANDS[name], rest)
     except (InputError, OSError) as error:
         err.print(f"hf-alibi: error: {' '.join(str(error).split())}")
         return 1
@@ -57,88 +109,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# The commands import what they need when they run: --help and usage errors need no torch.
-def _convert(argv: Sequence[str]) -> None:
-    from transformers.utils.logging import disable_progress_bar
-
-    from .commands.convert import cost, run
-
-    disable_progress_bar()
-    result = run(argv)
-    if not _is_main_process():
-        return
-    for name in ("training", "control"):
-        if result[name] is not None:
-            _conclude(result[name])
-    _print(cost(result))
+def _run(command: _Command, argv: Sequence[str]) -> None:
+    """Check the names of all fields, which takes a fraction of a second, and run."""
+    own = field_names(_load(path) for path in command.settings)
+    check_names(*split_argv(argv), [*own, *(training_fields() if command.trains else ())])
+    import_module("transformers.utils.logging").disable_progress_bar()  # of reading and writing files; work has its own
+    _load(command.run)(argv)
 
 
-def _ablation(argv: Sequence[str]) -> None:
-    from transformers.utils.logging import disable_progress_bar
-
-    from .commands.ablation import ablation
-
-    disable_progress_bar()
-    ablation(argv)
-
-
-def _finetune(argv: Sequence[str]) -> None:
-    from transformers.utils.logging import disable_progress_bar
-
-    from .commands.finetune import finetune
-
-    disable_progress_bar()  # of loading and writing files; training has its own
-    metrics = finetune(argv)
-    if _is_main_process():
-        _conclude(metrics)
+def _help(name: str, *, everything: bool, width: int) -> str:
+    command = _COMMANDS[name]
+    usage = f"hf-alibi {name} [CONFIG.yaml] [--field value ...]"
+    classes = [_load(path) for path in command.settings]
+    if everything:
+        full_help, training = _load("commands.settings:full_help"), import_module("transformers").TrainingArguments
+        return str(full_help([*classes, training] if command.trains else classes, usage))
+    more = " Any field of transformers.TrainingArguments can be given too." if command.trains else ""
+    closing = f"The YAML holds the same fields; the command line wins.{more} --help-all says everything of each field."
+    return "\n".join([f"usage: {usage}", "", command.summary, "", *help_lines(classes, width), "", closing])
 
 
-def _conclude(metrics: Mapping[str, Any]) -> None:
-    """Draw the loss curve of a run and print how it ended."""
-    from .reporting.plots import loss_curve
-
-    output_dir = Path(metrics["config"]["output_dir"])
-    try:
-        loss_curve(metrics, output_dir / "loss.png")
-    except InputError as error:  # no matplotlib: the run itself is complete
-        _print(f"no loss.png: {error}")
-    if metrics["eval_loss"] is not None:
-        _print(f"held-out loss {metrics['eval_loss']:.4f} nats per token after {metrics['steps']} steps")
-    _print(f"saved to {output_dir}")
-
-
-def _is_main_process() -> bool:
-    from accelerate import PartialState  # type: ignore[import-untyped]
-
-    return bool(PartialState().is_main_process)
-
-
-def _print(text: str) -> None:
-    Console(markup=False, highlight=False, soft_wrap=True).print(text)
-
-
-def _extrapolate(argv: Sequence[str]) -> None:
-    from .commands.extrapolate import extrapolate
-
-    extrapolate(argv)
-
-
-def _benchmark(argv: Sequence[str]) -> None:
-    from transformers.utils.logging import disable_progress_bar
-
-    from .commands.benchmark import benchmark
-
-    disable_progress_bar()
-    benchmark(argv)
-
-
-_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "convert": _convert,
-    "ablation": _ablation,
-    "finetune": _finetune,
-    "extrapolate": _extrapolate,
-    "benchmark": _benchmark,
-}
+def _load(path: str) -> Any:
+    """What `module:name` names in this package."""
+    module, name = path.split(":")
+    return getattr(import_module(f"{__package__}.{module}"), name)
 
 
 def _version() -> str:

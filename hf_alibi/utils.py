@@ -1,15 +1,23 @@
-"""Helpers that have no better home: evaluation mode in a block of code, the progress bar of long work."""
+"""Helpers without a better home: evaluation mode, progress bars, mappings in settings."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from torch import nn
+from tqdm import tqdm
 
-__all__ = ["evaluation_mode", "progress_bar"]
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["METRICS_FILE", "evaluation_mode", "progress_bar", "read_mapping"]
+
+# What a training leaves beside its model: every number and setting of the run.
+METRICS_FILE = "metrics.json"
 
 
 @contextmanager
@@ -25,9 +33,27 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(what: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on stderr; yields the function that advances it by a number of the `total`."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.advance(task, done)
+def progress_bar(what: str, total: int, *, shown: bool) -> Iterator[Callable[[int], Any]]:
+    """Show a progress bar on stderr; yields the function that advances it by a number of the `total`.
+
+    Without a terminal, as in a log file, the bar writes a line every half minute.
+    """
+    bar = tqdm(desc=what, total=total, disable=not shown, unit_scale=True, dynamic_ncols=True)
+    if not bar.disable and not bar.fp.isatty():
+        bar.mininterval, bar.maxinterval = 30.0, 60.0
+    with bar:
+        yield bar.update
+
+
+def read_mapping(value: Any, field: str, example: str) -> dict[str, Any]:
+    """The mapping that a setting holds, which the command line gives as JSON.
+
+    Raises InputError, which names `field` and shows `example`, for anything else and for an empty mapping.
+    """
+    try:
+        mapping = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise InputError(f"{field} {value!r} is not JSON ({error}); give {example}") from error
+    if not isinstance(mapping, dict) or not mapping:
+        raise InputError(f"{field} is {value!r}; it must be a mapping, {example}")
+    return {str(name): of_name for name, of_name in mapping.items()}

@@ -31,7 +31,8 @@ from ..evaluation.protocol import Window
 from ..model.anatomy import is_alibi, self_attentions
 from ..model.loading import load_complete
 from ..model.patching import apply_alibi
-from ..training.data import PYTHON_DOCS, DataArguments, load_tokenizer, load_tokens
+from ..training.data import load_tokenizer, load_tokens
+from ..training.settings import PYTHON_DOCS, DataArguments
 from .attention_cases import CAUSAL, FORWARD, SDPA, causal_attention
 from .settings import BenchmarkArguments, Case
 from .timing import OK, Row, Stopwatch

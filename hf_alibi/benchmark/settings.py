@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import InputError
-from ..training.data import PYTHON_DOCS
-from .timing import Row, Stopwatch
+from ..training.settings import PYTHON_DOCS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .timing import Row, Stopwatch
 
 __all__ = ["PARTS", "BenchmarkArguments", "Case"]
 

@@ -5,51 +5,26 @@ import math
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from transformers import TrainingArguments
 
-from ..conversion.recipe import ConversionArguments
+from ..conversion.settings import ConversionArguments
 from ..errors import InputError
 from ..reporting.curves import markdown_table
 from ..reporting.plots import loss_by_row, require_matplotlib
-from ..reporting.results import METRICS_FILE, Results, environment, replacing, write_results
-from ..training.data import DataArguments
-from .finetune import FinetuneArguments, train
+from ..reporting.results import Results, environment, replacing, write_results
+from ..training.settings import AblationArguments, DataArguments, FinetuneArguments
+from ..utils import METRICS_FILE
+from .finetune import train
 from .settings import load_settings, make_settings, resolve_settings
 
-__all__ = ["AblationArguments", "ablation"]
+__all__ = ["ablation"]
 
 _RUN = (FinetuneArguments, ConversionArguments, DataArguments, TrainingArguments)
 _WEIGHTS = "*.safetensors"
-
-
-@dataclass
-class AblationArguments:
-    """Which rows are trained, and how often."""
-
-    # Only beside None does HfArgumentParser take a mapping as a string, which is then JSON.
-    rows: dict[str, dict] | str | None = field(  # type: ignore[type-arg]  # HfArgumentParser takes the bare type
-        default=None, metadata={"help": 'Name to the fields that the row changes, e.g. {"none": {"match_tokens": 0}}.'}
-    )
-    seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "Seeds of each row."})
-    control: str | None = field(
-        default=None, metadata={"help": "Row whose perplexity at the same seed the others are divided by."}
-    )
-
-    def __post_init__(self) -> None:
-        try:
-            rows = json.loads(self.rows) if isinstance(self.rows, str) else self.rows
-        except json.JSONDecodeError as error:
-            raise InputError(f"rows {self.rows!r} is not JSON ({error}); give {{name: {{field: value}}}}") from error
-        if not isinstance(rows, dict) or not rows or not all(isinstance(row, dict) for row in rows.values()):
-            raise InputError(f"rows is {rows!r}; it must be a mapping, {{name: {{field: value, ...}}, ...}}")
-        if self.control is not None and self.control not in rows:
-            raise InputError(f"control is {self.control!r}; the rows are {', '.join(map(str, rows))}")
-        self.rows = {str(name): row for name, row in rows.items()}
 
 
 def ablation(argv: Sequence[str]) -> Results:

@@ -3,43 +3,33 @@
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState  # type: ignore[import-untyped]
+from rich.console import Console
 from transformers import TrainingArguments
 
-from ..conversion.recipe import ConversionArguments
+from ..conversion.settings import ConversionArguments
 from ..errors import InputError
-from ..evaluation.protocol import SLIDING, check_protocol
+from ..evaluation.protocol import SLIDING
+from ..evaluation.settings import ComparisonArguments, ControlArguments, ExtrapolateArguments
 from ..reporting.curves import protocol_title
 from ..reporting.findings import price
 from ..reporting.plots import require_matplotlib
 from ..reporting.results import replacing
-from ..training.data import DataArguments, load_tokenizer, load_tokens
+from ..training.data import load_tokenizer, load_tokens
 from ..training.model_card import CARD_FILE, model_card
-from .extrapolate import ComparisonArguments, ExtrapolateArguments, compare
-from .finetune import FinetuneArguments, train
-from .settings import load_settings, make_settings, read_yaml
+from ..training.settings import DataArguments, FinetuneArguments
+from .extrapolate import compare
+from .fields import read_yaml
+from .finetune import conclude, train
+from .settings import load_settings, make_settings
 
-__all__ = ["ControlArguments", "convert", "cost", "run"]
+__all__ = ["command", "convert", "cost", "run"]
 
 _CONTROL = "control"
 _EVALUATION = "evaluation"
-
-
-@dataclass(kw_only=True)
-class ControlArguments(ComparisonArguments):
-    """What a converted model is compared with, and how."""
-
-    control: bool = field(
-        default=False,
-        metadata={"help": "Train the unconverted model on the same text too, and compare with that."},
-    )
-    control_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Its learning rate, the same for all weights. Default: that of the converted model."},
-    )
 
 
 _CLASSES = (ControlArguments, FinetuneArguments, ConversionArguments, DataArguments, TrainingArguments)
@@ -59,6 +49,16 @@ def convert(config: str | Path | Mapping[str, Any] | None = None, **fields: Any)
     """
     values = dict(config) if isinstance(config, Mapping) else {} if config is None else read_yaml(config)
     return _convert(*make_settings(_CLASSES, {**values, **fields}))
+
+
+def command(argv: Sequence[str]) -> None:
+    """`run`, with loss curves drawn and what the conversion costs printed."""
+    result = run(argv)
+    for name in ("training", "control"):
+        if result[name] is not None:
+            conclude(result[name])
+    if PartialState().is_main_process:
+        Console(markup=False, highlight=False, soft_wrap=True).print(cost(result))
 
 
 def run(argv: Sequence[str]) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _convert(
     )
     require_matplotlib()
     tokenizer = load_tokenizer(data.tokenizer_name or source)
-    check_protocol(len(load_tokens(data, tokenizer).held_out), **evaluation.protocol()._asdict())
+    evaluation.protocol().check(len(load_tokens(data, tokenizer).held_out))
     # Training settles some of its arguments; the control starts from the same ones.
     of_control = copy.copy(training)
     of_control.output_dir = str(output_dir / _CONTROL)

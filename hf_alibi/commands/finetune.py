@@ -3,18 +3,15 @@
 import json
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
+from accelerate import PartialState  # type: ignore[import-untyped]
 from rich.console import Console
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
@@ -25,90 +22,47 @@ from transformers import (
 )
 
 from ..configuration import num_heads, text_config
-from ..conversion.recipe import ConversionArguments, convert_model
+from ..conversion.recipe import convert_model
+from ..conversion.settings import ConversionArguments
 from ..errors import InputError, one_line
-from ..model.anatomy import has_no_positions, is_alibi, position_limit
-from ..model.loading import load_complete
+from ..model.anatomy import is_alibi
 from ..model.patching import apply_alibi
 from ..model.verification import verify_alibi
-from ..reporting.results import METRICS_FILE, check_output_dir, environment, replacing
+from ..reporting.plots import loss_curve
+from ..reporting.results import check_output_dir, environment, replacing
 from ..training.checkpoints import STATE_FILE, is_complete, last_complete_checkpoint
-from ..training.data import (
-    DataArguments,
-    TokenBlocks,
-    TokenSplit,
-    count_bytes,
-    load_tokenizer,
-    load_tokens,
-    pack_blocks,
-)
+from ..training.data import TokenBlocks, TokenSplit, count_bytes, load_tokenizer, load_tokens, pack_blocks
 from ..training.model_card import CARD_FILE, model_card
+from ..training.settings import DataArguments, FinetuneArguments
+from ..training.starting_model import check_length, check_vocabulary, load_model, load_teacher
 from ..training.trainer import RateScales, check_weights, make_trainer
+from ..utils import METRICS_FILE
 from .settings import load_settings, resolve_settings, save_settings
 
-__all__ = ["FinetuneArguments", "finetune", "load_model", "train"]
+__all__ = ["command", "conclude", "finetune", "train"]
 
 _CONFIG_FILE = "config.yaml"
 _MAX_NATS = 709.0  # exp of more overflows a float
 
 
-@dataclass
-class FinetuneArguments:
-    """Which model is trained, with which positions, on blocks of which length."""
+def command(argv: Sequence[str]) -> None:
+    """`finetune`, with the loss curve drawn and how it ended printed."""
+    conclude(finetune(argv))
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint to start from: a folder or a hub name."}
-    )
-    model_config: dict | str | None = field(  # type: ignore[type-arg]  # HfArgumentParser takes the bare type
-        default=None,
-        metadata={"help": "Instead: a fresh model, e.g. {model_type: gpt2, n_layer: 4, n_head: 4, n_embd: 256}."},
-    )
-    attention: Literal["alibi", "original", "nope"] = field(
-        default="alibi",
-        metadata={"help": "alibi converts the model, original leaves it alone, nope removes all positions."},
-    )
-    block_size: int = field(default=512, metadata={"help": "Training length in tokens."})
-    budget_tokens: int | None = field(
-        default=None, metadata={"help": "Training tokens in all, instead of max_steps or num_train_epochs."}
-    )
-    mlp_rate_scale: float = field(
-        default=1.0,
-        metadata={
-            "help": "Share of learning_rate for all but self-attention and embeddings: MLPs, norms. 0 freezes them."
-        },
-    )
-    embedding_rate_scale: float = field(
-        default=1.0, metadata={"help": "Share of learning_rate for input and output embeddings. 0 freezes them."}
-    )
-    teacher_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Checkpoint of the same vocabulary whose predictions are learned, not the text's tokens. For a "
-            "conversion: the model that is converted, once it was fine-tuned on the text."
-        },
-    )
-    attn_implementation: str | None = field(
-        default=None,
-        metadata={"help": "Attention backend, such as eager or sdpa. Default: the library's choice."},
-    )
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
-        default="float32",
-        metadata={"help": "Type of the weights. Keep float32 and set bf16 or fp16 for mixed precision."},
-    )
 
-    def __post_init__(self) -> None:
-        if isinstance(self.model_config, str):
-            self.model_config = _parse_mapping(self.model_config)
-        if (self.model_name_or_path is None) == (self.model_config is None):
-            given = "neither" if self.model_config is None else "both"
-            raise InputError(f"{given} of model_name_or_path and model_config given; give exactly one of them")
-        if self.block_size < 2:
-            raise InputError(f"block_size is {self.block_size}; it must be at least 2, one token to predict the next")
-        if self.budget_tokens is not None and self.budget_tokens < self.block_size:
-            raise InputError(f"budget_tokens is {self.budget_tokens}, less than one block of {self.block_size} tokens")
-        for name in ("mlp_rate_scale", "embedding_rate_scale"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0, which freezes these weights")
+def conclude(metrics: Mapping[str, Any]) -> None:
+    """Draw the loss curve of a run and print how it ended; the main process does."""
+    if not PartialState().is_main_process:
+        return
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    output_dir = Path(metrics["config"]["output_dir"])
+    try:
+        loss_curve(metrics, output_dir / "loss.png")
+    except InputError as error:  # no matplotlib: the run itself is complete
+        console.print(f"no loss.png: {error}")
+    if metrics["eval_loss"] is not None:
+        console.print(f"held-out loss {metrics['eval_loss']:.4f} nats per token after {metrics['steps']} steps")
+    console.print(f"saved to {output_dir}")
 
 
 def finetune(argv: Sequence[str]) -> dict[str, Any]:
@@ -121,44 +75,39 @@ def train(
 ) -> dict[str, Any]:
     """Convert and train a model; write checkpoint, tokenizer, settings, metrics and model card to `output_dir`.
 
-    Everything that can be wrong with the input is looked at before the first step, and nothing is written
-    until then. With `resume_from_checkpoint` "true" the run goes on from its last complete checkpoint.
+    Everything that can be wrong with the input is checked before the first step, and nothing is written until then.
+    With `resume_from_checkpoint` "true" the run resumes from its last complete checkpoint.
 
-    Returns what `metrics.json` holds; its "seconds" are those of this call. Raises InputError where something
-    given cannot be used, or the loss is no longer finite.
+    Returns what `metrics.json` holds; its "seconds" are those of this call. Raises InputError if something given cannot
+    be used, or the loss is no longer finite.
     """
     started = time.monotonic()
-    if data.passkey_block_size not in (None, args.block_size):
-        raise InputError(
-            f"passkey_block_size is {data.passkey_block_size} and block_size {args.block_size}, so blocks would cut "
-            "prompts; give both the same length"
-        )
     console = Console(quiet=training.process_index != 0, markup=False, highlight=False, soft_wrap=True)
     output_dir = Path(training.output_dir)
     if training.process_index == 0:
         _check_output_dir(output_dir, resume=_wants_resume(training))
     checkpoint = _resume_checkpoint(training, console)
-    tokenizer = load_tokenizer(_tokenizer_name(args, data))
-    with training.main_process_first(desc="loading data"):
-        tokens = load_tokens(data, tokenizer)
-    train_blocks, eval_blocks = _pack(tokens, args.block_size, needs_eval=training.eval_strategy != "no")
+    tokenizer, tokens, train_blocks, eval_blocks = _load_blocks(args, data, training)
     max_steps = _max_steps(args, training)
     set_seed(training.seed)
     model = load_model(args, recipe, tokenizer, checkpoint=checkpoint)
-    _check_vocabulary(model, tokens)
-    teacher = _load_teacher(args, model)
+    check_vocabulary(model, tokens)
+    teacher = load_teacher(args, model)
     continued = _was_converted(args)
     conversion = _convert(model, args, recipe, train_blocks, training)
-    _check_length(model, args)
+    check_length(model, args)
 
+    config = resolve_settings((args, recipe, data, training))
     if training.process_index == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
         with replacing(output_dir / _CONFIG_FILE) as path:
             save_settings(path, (args, recipe, data, training))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     blocks = f"{len(train_blocks):,} blocks of {args.block_size} tokens, {len(eval_blocks or ()):,} held out"
-    console.print(f"{type(model).__name__}, {parameters:,} parameters, attention {args.attention}; {blocks}")
-    config = resolve_settings((args, recipe, data, training))
+    precision = "bfloat16" if training.bf16 else "float16" if training.fp16 else args.dtype
+    console.print(
+        f"{type(model).__name__}, {parameters:,} parameters, attention {args.attention}, {precision}; {blocks}"
+    )
     if max_steps is not None:
         training.max_steps = max_steps
     rate_scales = RateScales(mlp=args.mlp_rate_scale, embeddings=args.embedding_rate_scale)
@@ -177,46 +126,39 @@ def train(
     metrics |= {"parameters": parameters, "conversion": conversion, "continued": continued, "config": config}
     metrics |= {"environment": environment(seed=training.seed)}
     if trainer.is_world_process_zero():
-        # Trainer's pickle of its arguments names this machine's folders; config.yaml says the same without.
-        (output_dir / "training_args.bin").unlink(missing_ok=True)
-        with replacing(output_dir / METRICS_FILE) as path:
-            path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        with replacing(output_dir / CARD_FILE) as path:
-            path.write_text(model_card(metrics), encoding="utf-8")
+        _write(metrics, output_dir)
     return metrics
 
 
-def load_model(
-    args: FinetuneArguments,
-    recipe: ConversionArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    checkpoint: Path | None = None,
-) -> PreTrainedModel:
-    """Load or build the model of a run, as it is before `args.attention` is given to it.
+def _load_blocks(
+    args: FinetuneArguments, data: DataArguments, training: TrainingArguments
+) -> tuple[PreTrainedTokenizerBase, TokenSplit, TokenBlocks, TokenBlocks | None]:
+    """Tokenizer, tokens, and the blocks that are trained on and held out, None if no text is."""
+    if data.passkey_block_size not in (None, args.block_size):
+        raise InputError(
+            f"passkey_block_size is {data.passkey_block_size} and block_size {args.block_size}, so blocks would cut "
+            "prompts; give both the same length"
+        )
+    name = data.tokenizer_name or args.model_name_or_path
+    if name is None:
+        raise InputError("a fresh model has no tokenizer of its own; set tokenizer_name (bytes needs no download)")
+    tokenizer = load_tokenizer(name)
+    with training.main_process_first(desc="loading data"):
+        tokens = load_tokens(data, tokenizer)
+    train_blocks = pack_blocks(tokens.train, args.block_size, name="the training text")
+    if not tokens.held_out.numel() and training.eval_strategy == "no":
+        return tokenizer, tokens, train_blocks, None
+    return tokenizer, tokens, train_blocks, pack_blocks(tokens.held_out, args.block_size, name="the held-out text")
 
-    A fresh model takes vocabulary size and special tokens from `tokenizer`; `checkpoint` is one of this run, to be
-    taken instead of the model it started from. Raises InputError where the model cannot be loaded or built, or
-    contradicts `args.attention` or the recipe.
-    """
-    if checkpoint is not None or args.model_name_or_path is not None:
-        model = _load_pretrained(str(checkpoint or args.model_name_or_path), args)
-    else:
-        model = _build_fresh(args, tokenizer)
-    if is_alibi(model.config):
-        attention = "nope" if has_no_positions(model.config) else "alibi"
-        source = checkpoint or args.model_name_or_path or "model_config"
-        if args.attention != attention:
-            raise InputError(
-                f"attention is {args.attention}, but {source} is already converted; "
-                f"set attention: {attention}, or give the model as it was before"
-            )
-        if checkpoint is None and recipe.steps():
-            raise InputError(
-                f"{', '.join(recipe.steps())} given, but {source} is already converted; "
-                "leave them out, or give the model as it was before"
-            )
-    return model
+
+def _write(metrics: dict[str, Any], output_dir: Path) -> None:
+    """Write metrics and model card beside the model."""
+    # Trainer's pickle of its arguments names this machine's folders; config.yaml says the same without.
+    (output_dir / "training_args.bin").unlink(missing_ok=True)
+    with replacing(output_dir / METRICS_FILE) as path:
+        path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    with replacing(output_dir / CARD_FILE) as path:
+        path.write_text(model_card(metrics), encoding="utf-8")
 
 
 def _convert(
@@ -292,97 +234,6 @@ def _check_output_dir(output_dir: Path, *, resume: bool) -> None:
         )
 
 
-def _tokenizer_name(args: FinetuneArguments, data: DataArguments) -> str:
-    name = data.tokenizer_name or args.model_name_or_path
-    if name is None:
-        raise InputError("a fresh model has no tokenizer of its own; set tokenizer_name (bytes needs no download)")
-    return name
-
-
-def _pack(tokens: TokenSplit, block_size: int, *, needs_eval: bool) -> tuple[TokenBlocks, TokenBlocks | None]:
-    train_blocks = pack_blocks(tokens.train, block_size, name="the training text")
-    if not tokens.held_out.numel() and not needs_eval:
-        return train_blocks, None
-    return train_blocks, pack_blocks(tokens.held_out, block_size, name="the held-out text")
-
-
-def _load_pretrained(source: str, args: FinetuneArguments) -> PreTrainedModel:
-    return load_complete(
-        source, dtype=args.dtype, attn_implementation=args.attn_implementation, name=f"the model {source!r}"
-    )
-
-
-def _load_teacher(args: FinetuneArguments, model: PreTrainedModel) -> PreTrainedModel | None:
-    """Load the model whose predictions `model` learns; raises InputError where it has other tokens or is too short."""
-    source = args.teacher_name_or_path
-    if source is None:
-        return None
-    teacher = _load_pretrained(source, args)
-    predicted, learned = (text_config(of.config).vocab_size for of in (teacher, model))
-    if predicted != learned:
-        raise InputError(
-            f"the teacher {source!r} predicts {predicted} tokens and the model {learned}; give a teacher with the "
-            "model's own vocabulary"
-        )
-    limit = position_limit(teacher)
-    if limit is not None and args.block_size > limit:
-        raise InputError(
-            f"block_size {args.block_size} is beyond the {limit} learned positions of the teacher {source!r}; "
-            f"set block_size to at most {limit}, or give another teacher"
-        )
-    return teacher
-
-
-def _build_fresh(args: FinetuneArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    given = dict(args.model_config) if isinstance(args.model_config, dict) else {}
-    model_type = given.pop("model_type", None)
-    # The config's own defaults are those of somebody else's vocabulary.
-    from_tokenizer = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    try:
-        _check_config_fields(AutoConfig.for_model(model_type), given)
-        config = AutoConfig.for_model(model_type, **{**from_tokenizer, **given})
-        dtype = torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=args.attn_implementation)
-    except InputError:
-        raise
-    except (ValueError, TypeError, ImportError) as error:
-        raise InputError(f"cannot build a model from model_config {args.model_config}: {one_line(error)}") from error
-
-
-def _check_config_fields(defaults: PretrainedConfig, given: dict[str, Any]) -> None:
-    """Refuse fields that a config class would keep without ever reading them."""
-    unknown = [name for name in given if not hasattr(defaults, name)]
-    if unknown:
-        raise InputError(
-            f"model_config has the unknown field {unknown[0]!r}; "
-            f"{defaults.model_type} takes {', '.join(sorted(defaults.to_dict()))}"
-        )
-
-
-def _check_vocabulary(model: PreTrainedModel, tokens: TokenSplit) -> None:
-    vocabulary = model.get_input_embeddings().num_embeddings
-    largest = max(int(part.max()) for part in tokens if part.numel())
-    if largest >= vocabulary:
-        raise InputError(
-            f"the tokenizer gives the token id {largest}, but the model embeds only {vocabulary} tokens; "
-            "set tokenizer_name to the model's own tokenizer, or vocab_size in model_config"
-        )
-
-
-def _check_length(model: PreTrainedModel, args: FinetuneArguments) -> None:
-    limit = position_limit(model)
-    if limit is not None and args.block_size > limit:
-        raise InputError(
-            f"block_size {args.block_size} is beyond the model's {limit} learned positions; "
-            f"set block_size to at most {limit}, or attention: alibi, which has no limit"
-        )
-
-
 def _max_steps(args: FinetuneArguments, training: TrainingArguments) -> int | None:
     """Optimizer steps that `budget_tokens` are enough for; None where no budget is given."""
     if args.budget_tokens is None:
@@ -450,13 +301,3 @@ def _metrics(state: TrainerState, eval_loss: float | None) -> dict[str, Any]:
         "tokens_seen": state.num_input_tokens_seen,
         "history": history,
     }
-
-
-def _parse_mapping(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"model_config {text!r} is not JSON: {one_line(error)}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"model_config must be a mapping with model_type, got {text!r}")
-    return value

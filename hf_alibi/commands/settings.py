@@ -1,7 +1,6 @@
-"""The settings of a run: dataclasses filled from a YAML file, with overrides from the command line."""
+"""Settings of a run: a YAML file first, `--field value` after it."""
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
@@ -13,8 +12,9 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..errors import InputError, one_line
+from .fields import check_names, field_names, split_argv
 
-__all__ = ["load_settings", "make_settings", "read_yaml", "resolve_settings", "save_settings"]
+__all__ = ["full_help", "load_settings", "make_settings", "resolve_settings", "save_settings"]
 
 # An action, a secret, a process number, a consequence of eval_strategy, and what every run here sets: not needed to
 # repeat a run.
@@ -30,26 +30,27 @@ class _Parser(HfArgumentParser):
     """The parser of transformers, raising where argparse would print its usage and leave the process."""
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; --help lists every field")
+        raise InputError(f"{message}; --help lists the fields")
+
+
+def full_help(classes: Sequence[type[Any]], usage: str) -> str:
+    """Every field with its whole help, those of TrainingArguments too."""
+    return str(_Parser(classes, usage=usage).format_help())
 
 
 def load_settings(classes: Sequence[type[Any]], argv: Sequence[str]) -> tuple[Any, ...]:
-    """Fill dataclasses from `CONFIG.yaml --field value --field=value ...`; the command line wins.
+    """Fill dataclasses from `[CONFIG.yaml] --field value --field=value ...`; the command line wins.
 
-    YAML values take the way of command-line words, so `5e-4`, which YAML 1.1 reads as a string, becomes the
-    float that its field asks for. A list is several words, a mapping is JSON, and null, on the command line
-    too, means the default.
+    YAML values are parsed as command-line words are, so `5e-4`, which YAML 1.1 reads as a string, becomes the float
+    that its field asks for. A list is several words, a mapping is JSON, and null, on the command line too, means the
+    default. `bf16: auto` is true if the device has fast bfloat16.
 
-    `classes` are dataclasses with distinct field names; one may be `transformers.TrainingArguments`. Returns
-    one instance of each, in their order. Raises InputError for no or an unreadable YAML file, an unknown
-    field, and a value that its field cannot take.
+    `classes` are dataclasses with distinct field names; one may be `transformers.TrainingArguments`. Returns one
+    instance of each, in their order. Raises InputError for an unreadable YAML file, an unknown field, and a value that
+    its field cannot take.
     """
-    if {"-h", "--help"} & set(argv):
-        _Parser(classes).print_help()
-        raise SystemExit(0)
-    if not argv or argv[0].startswith("-"):
-        raise InputError("no configuration file given; the first argument must be a YAML file, then --field value")
-    return make_settings(classes, read_yaml(argv[0]), argv[1:], source=argv[0])
+    source, values, overrides = split_argv(argv)
+    return make_settings(classes, values, overrides, source=source)
 
 
 def make_settings(
@@ -59,22 +60,18 @@ def make_settings(
 
     Returns and raises what `load_settings` does.
     """
-    parser = _Parser(classes)
-    values, overrides = dict(values), list(argv)
-    fields = [field.name for cls in classes for field in dataclasses.fields(cls) if field.init]
-    _require_known(values, fields, source=source)
+    values, overrides, fields = dict(values), list(argv), field_names(classes)
+    check_names(source, values, overrides, fields)
     if "use_cpu" in fields and not torch.accelerator.is_available():
-        # What runs anyway, said: without it transformers refuses bf16 here.
+        # True either way; unless it is said, transformers refuses bf16 on the CPU.
         values["use_cpu"] = True
-    negations = [f"no_{name}" for name in fields]
-    given = [word[2:].split("=", 1)[0].replace("-", "_") for word in overrides if word.startswith("--")]
-    _require_known((name for name in given if name not in negations), fields, source="the command line")
     for name in _take_nulls(overrides):
         values.pop(name, None)
     words = [word for name, value in values.items() for word in _as_words(name, value)]
+    words = _choose_precision([*words, *overrides])
     try:
-        *settings, rest = parser.parse_args_into_dataclasses(
-            [*words, *overrides], return_remaining_strings=True, look_for_args_file=False
+        *settings, rest = _Parser(classes).parse_args_into_dataclasses(
+            words, return_remaining_strings=True, look_for_args_file=False
         )
     except InputError:
         raise
@@ -85,23 +82,6 @@ def make_settings(
             f"cannot place {' '.join(rest)!r}: every value follows its --field, and only lists take several"
         )
     return tuple(settings)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file that holds one mapping.
-
-    Raises InputError where the file cannot be read, is not YAML, or is not a mapping.
-    """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the configuration file {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {one_line(error)}") from error
-    if not isinstance(values, dict):
-        found = "nothing" if values is None else type(values).__name__
-        raise InputError(f"{path} holds {found}; it must hold a mapping, one `field: value` a line")
-    return {str(name): value for name, value in values.items()}
 
 
 def resolve_settings(settings: Iterable[Any]) -> dict[str, Any]:
@@ -128,12 +108,25 @@ def save_settings(path: str | Path, settings: Iterable[Any]) -> None:
     Path(path).write_text(text, encoding="utf-8")
 
 
-def _require_known(names: Iterable[str], fields: Sequence[str], *, source: str) -> None:
-    for name in names:
-        if name not in fields:
-            closest = difflib.get_close_matches(name, fields, n=3, cutoff=0.5)
-            hint = f"did you mean {', '.join(closest)}? " if closest else ""
-            raise InputError(f"unknown field {name!r} in {source}; {hint}--help lists every field")
+def _choose_precision(words: list[str]) -> list[str]:
+    """`bf16` with the value auto, as true or false: a CPU without instructions for bfloat16 takes ten times as long."""
+    fast = "true" if _has_fast_bfloat16() else "false"
+    pairs = zip(["", *words], words, strict=False)
+    return [
+        f"--bf16={fast}" if word == "--bf16=auto" else fast if (before, word) == ("--bf16", "auto") else word
+        for before, word in pairs
+    ]
+
+
+def _has_fast_bfloat16() -> bool:
+    """Whether products in bfloat16 are faster than in float32 here: on a GPU, or a CPU with AMX or AVX512-BF16."""
+    if torch.accelerator.is_available():
+        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return False
+    return bool({"amx_bf16", "avx512_bf16"} & flags)
 
 
 def _take_nulls(overrides: list[str]) -> list[str]:
@@ -160,20 +153,14 @@ def _as_words(name: str, value: Any) -> list[str]:
 
 
 def _as_text(value: Any) -> str:
-    if isinstance(value, bool | dict | list):
-        return json.dumps(value)
-    return str(value)
+    return json.dumps(value) if isinstance(value, bool | dict | list) else str(value)
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, Path):
-        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
-    return value
+    return value.value if isinstance(value, Enum) else str(value) if isinstance(value, Path) else value

@@ -1,51 +1,18 @@
 """The recipe of a conversion: match heads, put ALiBi in, distil each layer. Training comes after it."""
 
 import copy
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import InputError
 from ..model.anatomy import position_limit
 from ..model.patching import apply_alibi, checked_config
 from .distillation import check_distillation, distill_layers
 from .matching import match_heads
+from .settings import ConversionArguments
 
-__all__ = ["ConversionArguments", "convert_model"]
-
-
-@dataclass
-class ConversionArguments:
-    """What is done to an unconverted model before it is trained as an ALiBi model; by default, nothing but ALiBi."""
-
-    match_tokens: int = field(
-        default=0,
-        metadata={"help": "Training tokens on which the reach of each head is measured, to give it a slope that fits."},
-    )
-    sink_tokens: int = field(
-        default=0, metadata={"help": "First tokens of each sequence that carry no bias; heads rest on them."}
-    )
-    distill_tokens: int = field(
-        default=0,
-        metadata={"help": "Training tokens on which each layer's attention is fitted to what the layer gave before."},
-    )
-    distill_epochs: int = field(default=4, metadata={"help": "How often the layers see these tokens."})
-    distill_learning_rate: float = field(default=3e-3, metadata={"help": "Highest learning rate of these fits."})
-    distill_batch_size: int = field(default=4, metadata={"help": "Blocks a step of these fits."})
-
-    def __post_init__(self) -> None:
-        for name in ("match_tokens", "sink_tokens", "distill_tokens"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0, which leaves it out")
-        for name in ("distill_epochs", "distill_learning_rate", "distill_batch_size"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be above 0")
-
-    def steps(self) -> list[str]:
-        """Fields that ask for more than ALiBi alone."""
-        return [name for name in ("match_tokens", "sink_tokens", "distill_tokens") if getattr(self, name)]
+__all__ = ["convert_model"]
 
 
 def convert_model(

@@ -19,12 +19,12 @@ from ..model.anatomy import has_no_positions, is_alibi, is_rotary, position_limi
 from ..model.own_attention import is_own_attention
 from .sliding_window import sliding_window_attention
 
-__all__ = ["ALL", "BASELINES", "Baseline", "Choice", "Reach", "check_names", "choose", "with_baseline"]
+__all__ = ["ALL", "BASELINES", "Baseline", "ChosenBaselines", "Lengths", "check_names", "choose", "with_baseline"]
 
 ALL = "all"
 
 
-class Reach(NamedTuple):
+class Lengths(NamedTuple):
     """For which lengths baselines are made, in tokens: the training length and the longest evaluated one."""
 
     train_length: int
@@ -42,20 +42,20 @@ class Baseline(ABC):
         """Whether the model is of the kind that this baseline is made for."""
 
     @abstractmethod
-    def obstacle(self, model: PreTrainedModel, reach: Reach) -> str | None:
+    def obstacle(self, model: PreTrainedModel, lengths: Lengths) -> str | None:
         """Why there is nothing to do for a model of this kind, or None."""
 
     @abstractmethod
-    def change(self, config: PreTrainedConfig, reach: Reach) -> None:
+    def change(self, config: PreTrainedConfig, lengths: Lengths) -> None:
         """Change the config of such a model, in place."""
 
-    def factor(self, config: PreTrainedConfig, reach: Reach) -> float:
+    def factor(self, config: PreTrainedConfig, lengths: Lengths) -> float:
         """How many times longer than what the model knows the longest length is."""
-        return reach.longest / reach.train_length
+        return lengths.longest / lengths.train_length
 
-    def name(self, config: PreTrainedConfig, reach: Reach) -> str:
+    def name(self, config: PreTrainedConfig, lengths: Lengths) -> str:
         """What tables call it."""
-        return self.label.format(factor=f"{self.factor(config, reach):.4g}", train_length=reach.train_length)
+        return self.label.format(factor=f"{self.factor(config, lengths):.4g}", train_length=lengths.train_length)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class RopeScaling(Baseline):
         """Unconverted, with rotary positions."""
         return not is_alibi(model.config) and any(is_rotary(module) for _, _, module in position_modules(model))
 
-    def obstacle(self, model: PreTrainedModel, reach: Reach) -> str | None:
+    def obstacle(self, model: PreTrainedModel, lengths: Lengths) -> str | None:
         """Within reach already, or with rotations that are scaled or differ from layer to layer."""
         config: Any = model.config.get_text_config()
         rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
@@ -79,23 +79,23 @@ class RopeScaling(Baseline):
             return "its layers do not share one set of rope_parameters"
         if rope_type != "default":
             return f"its rotations are scaled already (rope_type {rope_type})"
-        if reach.longest <= config.max_position_embeddings:
+        if lengths.longest <= config.max_position_embeddings:
             known = config.max_position_embeddings
-            return f"the longest length, {reach.longest}, is within the {known} tokens that it was made for"
+            return f"the longest length, {lengths.longest}, is within the {known} tokens that it was made for"
         return None
 
-    def factor(self, config: PreTrainedConfig, reach: Reach) -> float:
+    def factor(self, config: PreTrainedConfig, lengths: Lengths) -> float:
         """The longest length in units of what the rotations were made for."""
         known: int = config.get_text_config().max_position_embeddings
-        return reach.longest / known
+        return lengths.longest / known
 
-    def change(self, config: PreTrainedConfig, reach: Reach) -> None:
+    def change(self, config: PreTrainedConfig, lengths: Lengths) -> None:
         """Give `rope_parameters` the type and the factor."""
         text: Any = config.get_text_config()
         text.rope_parameters = {
             **text.rope_parameters,
             "rope_type": self.rope_type,
-            "factor": self.factor(config, reach),
+            "factor": self.factor(config, lengths),
         }
         if self.rope_type == "yarn":
             text.rope_parameters["original_max_position_embeddings"] = text.max_position_embeddings
@@ -109,7 +109,7 @@ class SlidingWindow(Baseline):
         """Unconverted."""
         return not is_alibi(model.config)
 
-    def obstacle(self, model: PreTrainedModel, reach: Reach) -> str | None:
+    def obstacle(self, model: PreTrainedModel, lengths: Lengths) -> str | None:
         """Layers that this attention cannot stand in for, or nothing to leave out."""
         config: Any = model.config.get_text_config()
         layers = [layer for _, layer in self_attentions(model)]
@@ -119,13 +119,13 @@ class SlidingWindow(Baseline):
         if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
             return f"it has a window of its own, of {config.sliding_window} tokens"
         limit = position_limit(model)
-        if limit is not None and limit <= reach.train_length:
+        if limit is not None and limit <= lengths.train_length:
             return f"its table of positions ends at {limit} tokens"
-        return None if reach.longest > reach.train_length else "no length is beyond the training length"
+        return None if lengths.longest > lengths.train_length else "no length is beyond the training length"
 
-    def change(self, config: PreTrainedConfig, reach: Reach) -> None:
+    def change(self, config: PreTrainedConfig, lengths: Lengths) -> None:
         """Name the attention."""
-        config._attn_implementation = sliding_window_attention(reach.train_length)
+        config._attn_implementation = sliding_window_attention(lengths.train_length)
 
 
 @dataclass(frozen=True)
@@ -138,15 +138,15 @@ class SlopeScaling(Baseline):
         """Converted, with slopes."""
         return is_alibi(model.config) and not has_no_positions(model.config)
 
-    def obstacle(self, model: PreTrainedModel, reach: Reach) -> str | None:
+    def obstacle(self, model: PreTrainedModel, lengths: Lengths) -> str | None:
         """Slopes that are scaled already, or no need."""
         if model.config.get_text_config().alibi_scaling is not None:
             return "its slopes are scaled already"
-        return None if reach.longest > reach.train_length else "no length is beyond the training length"
+        return None if lengths.longest > lengths.train_length else "no length is beyond the training length"
 
-    def change(self, config: PreTrainedConfig, reach: Reach) -> None:
+    def change(self, config: PreTrainedConfig, lengths: Lengths) -> None:
         """Set `alibi_scaling`."""
-        config.get_text_config().alibi_scaling = {"type": self.scaling, "factor": self.factor(config, reach)}
+        config.get_text_config().alibi_scaling = {"type": self.scaling, "factor": self.factor(config, lengths)}
 
 
 BASELINES: Mapping[str, Baseline] = {
@@ -159,7 +159,7 @@ BASELINES: Mapping[str, Baseline] = {
 }
 
 
-class Choice(NamedTuple):
+class ChosenBaselines(NamedTuple):
     """Baselines of one model: name to label in tables, and name to the reason why there is none."""
 
     labels: dict[str, str]
@@ -174,13 +174,13 @@ def check_names(names: Iterable[str]) -> None:
         raise InputError(f"baselines names {unknown[0]!r}; allowed: {allowed}")
 
 
-def choose(names: Iterable[str], models: Mapping[str, PreTrainedModel], reach: Reach) -> dict[str, Choice]:
+def choose(names: Iterable[str], models: Mapping[str, PreTrainedModel], lengths: Lengths) -> dict[str, ChosenBaselines]:
     """Find the baselines of each model; weights are not read, so the models may be on the meta device.
 
     Raises `InputError` where a name was given that is made for another kind of model than any of these.
     """
     names = list(names)
-    chosen = {name: Choice({}, {}) for name in models}
+    chosen = {name: ChosenBaselines({}, {}) for name in models}
     for baseline in BASELINES if names == [ALL] else names:
         made_for = {name: model for name, model in models.items() if BASELINES[baseline].fits(model)}
         if not made_for and names != [ALL]:
@@ -190,22 +190,22 @@ def choose(names: Iterable[str], models: Mapping[str, PreTrainedModel], reach: R
                 f"({kind.split(';')[0].splitlines()[0].rstrip('.')}); leave it out"
             )
         for name, model in made_for.items():
-            reason = BASELINES[baseline].obstacle(model, reach)
+            reason = BASELINES[baseline].obstacle(model, lengths)
             if reason is None:
-                chosen[name].labels[baseline] = BASELINES[baseline].name(model.config, reach)
+                chosen[name].labels[baseline] = BASELINES[baseline].name(model.config, lengths)
             else:
                 chosen[name].left_out[baseline] = reason
     return chosen
 
 
-def with_baseline(model: PreTrainedModel, name: str, reach: Reach) -> PreTrainedModel:
+def with_baseline(model: PreTrainedModel, name: str, lengths: Lengths) -> PreTrainedModel:
     """Build the model of a baseline around the very parameters of `model`, which stays as it is.
 
     Returns a model in evaluation mode. Its rotations and other computed buffers are those that transformers makes for
     the changed config.
     """
     config = copy.deepcopy(model.config)
-    BASELINES[name].change(config, reach)
+    BASELINES[name].change(config, lengths)
     with init_empty_weights(include_buffers=False):
         changed: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     changed.load_state_dict(model.state_dict(), assign=True)

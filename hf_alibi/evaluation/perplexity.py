@@ -1,8 +1,8 @@
 """Perplexity of one model at several lengths, on the same scored tokens at every length."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice, pairwise
 
 import torch
@@ -15,22 +15,9 @@ from ..model.anatomy import position_limit
 from ..utils import evaluation_mode, progress_bar
 from . import memory
 from .memory import check_memory
-from .protocol import (
-    NON_OVERLAPPING,
-    PROTOCOLS,
-    SLIDING,
-    Window,
-    check_protocol,
-    context_seen,
-    non_overlapping_windows,
-    sliding_windows,
-    stride_at,
-)
+from .protocol import CANNOT_RUN, CROPPED, FULL, NON_OVERLAPPING, OK, PROTOCOLS, Protocol, Window
 
 __all__ = [
-    "CROPPED",
-    "FULL",
-    "OK",
     "Extrapolation",
     "ExtrapolationRow",
     "PositionBin",
@@ -39,9 +26,6 @@ __all__ = [
     "window_losses",
 ]
 
-FULL = "full"
-CROPPED = "cropped"
-OK = "ok"
 
 # exp overflows a float64 just above this.
 _MAX_NATS = 709.0
@@ -52,8 +36,8 @@ class ExtrapolationRow:
     """One number of the comparison: a model at one length under one protocol.
 
     `context` is "full" (all of the window) or "cropped" (never more than the training length). Each of the `tokens`
-    scored tokens sees `fewest_seen` to `most_seen` tokens before it. `nats_per_token`, `perplexity` and
-    `bits_per_byte` are None if `status` is not "ok"; `bits_per_byte` is also None if the number of bytes is unknown.
+    scored tokens sees `fewest_seen` to `most_seen` tokens before it. `status` is "ok", or "cannot run" for the `reason`
+    given; then there are no numbers. `bits_per_byte` is also None if the number of bytes is unknown.
     """
 
     model: str
@@ -67,6 +51,7 @@ class ExtrapolationRow:
     bits_per_byte: float | None
     tokens: int
     status: str
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +92,7 @@ class PositionLoss:
 class Extrapolation:
     """What `evaluate_extrapolation` returns; `position_loss` is None for a model that runs at no length.
 
-    `losses` has the nats of each scored token, float32 of shape (scored tokens,), behind each row with numbers: by its
+    `losses` has, for each row with numbers, the nats of each scored token, float32 (scored tokens,): by the row's
     context, protocol and length.
     """
 
@@ -131,96 +116,88 @@ def evaluate_extrapolation(
     batch_tokens: int | None = None,
     progress: bool = True,
 ) -> Extrapolation:
-    """Perplexity of a causal language model at each length, and its loss by position.
+    """Perplexity of a causal language model at each length under both protocols, and its loss by position.
 
-    The last `scored_tokens` tokens of `tokens` (shape (num_tokens,), int64) are scored, the same ones
-    at every length, every token once and with equal weight; only the context before them varies. Two
-    protocols, both reported:
+    Runs on the model's device, in evaluation mode, without gradients; the mode is restored.
 
-    - `sliding`: a window of `length` tokens moves by `stride` tokens and scores only its last `stride`
-      targets, so that every target sees `length - stride + 1` to `length` tokens. The default stride is an eighth of
-      each length, the largest one allowed: so every target sees more than seven eighths of the length.
-    - `non_overlapping`: windows lie end to end and score all their targets, which see 1 to `length`
-      tokens. Lengths above `scored_tokens` have no such windows.
+    Args:
+        model: with a language modeling head. One with a table of N learned positions gets rows without numbers
+            beyond N.
+        tokens: int64 (num_tokens,), of which the last `scored_tokens` are scored.
+        lengths, train_length, scored_tokens, stride: see `Protocol`, which describes the two ways of scoring.
+        bos_token_id: every window begins with this token, in place of its oldest one; it counts as a token seen. Models
+            that were trained with a beginning-of-sequence token rest much attention on it.
+        num_bytes: UTF-8 bytes of the scored tokens; None: no bits per byte.
+        name: of the model, in rows and messages.
+        cropped: add rows of context "cropped": the same model, never shown more than the last `train_length` tokens.
+        batch_tokens: tokens in one forward pass; by default the longest length.
+        progress: show a bar.
 
-    Why both: the first targets of a window have little to go by and are hard to predict (the early-token
-    curse, Press et al. 2022, appendix B). Under `non_overlapping` longer windows leave fewer such
-    targets, so perplexity falls with length even for a model that uses only the few tokens before each
-    target: a falling curve is no evidence that the distant context helps. It is nevertheless what most
-    papers print, and the loss in the cheapest use of a model. Under `sliding` every target has at least
-    `length - stride + 1` tokens before it, so what changes with length is what the model makes of the
-    tokens added far away.
-
-    With `bos_token_id` every window begins with that token, in place of its oldest one: models that were trained with a
-    beginning-of-sequence token rest much attention on it. It counts as one of the tokens that a target sees.
-
-    A model with a learned position table of N rows gets rows without numbers and the status "cannot run:
-    ..." at lengths beyond N. With `cropped` there are further rows of context "cropped": the same
-    model, never shown more than the last `train_length` tokens, so that beyond `train_length` its
-    value is that at `train_length`.
-
-    `num_bytes` is the number of UTF-8 bytes of the scored tokens (None: no bits per byte).
-    `batch_tokens` is the number of tokens in one forward pass (default: the longest length, so that
-    short windows cost no more memory than the longest). Runs on the model's device, in evaluation mode,
-    without gradients; the mode is restored.
-
-    Raises `InputError` where lengths and tokens do not fit together, before any work where the longest
-    length will not fit in memory, and where a loss is not finite.
+    Raises `InputError` if lengths and tokens do not fit together, if the longest length will not fit in memory (before
+    any work), and if a loss is not finite.
     """
+    protocol = Protocol(sorted(lengths), train_length, scored_tokens, stride)
     _check_model_and_tokens(model, tokens, name)
-    check_protocol(
-        len(tokens),
-        lengths=lengths,
-        train_length=train_length,
-        scored_tokens=scored_tokens,
-        stride=stride,
-    )
+    protocol.check(len(tokens))
     limit = position_limit(model)
-    runnable = [length for length in sorted(lengths) if limit is None or length <= limit]
-    plan: dict[tuple[str, int], list[Window]] = {}
-    for length in runnable:
-        own = stride_at(length, stride)
-        plan[SLIDING, length] = sliding_windows(len(tokens), length=length, scored_tokens=scored_tokens, stride=own)
-        if length <= scored_tokens:
-            windows = non_overlapping_windows(len(tokens), length=length, scored_tokens=scored_tokens)
-            plan[NON_OVERLAPPING, length] = windows
+    plan = {
+        (kind, length): windows
+        for length in protocol.lengths
+        if limit is None or length <= limit
+        for kind in PROTOCOLS
+        if (windows := protocol.windows(kind, length, len(tokens)))
+    }
     losses = _plan_losses(
         model, tokens, plan, bos_token_id=bos_token_id, name=name, batch_tokens=batch_tokens, progress=progress
     )
+    rows, by_row = [], {}
+    for row in _empty_rows(protocol, name, cropped, f"learned position table has {limit} rows"):
+        scored = losses.get((row.protocol, row.most_seen))
+        if scored is not None:
+            by_row[row.context, row.protocol, row.length] = scored
+            row = _filled(row, scored, num_bytes)
+        rows.append(row)
+    return Extrapolation(rows, _position_loss(losses), by_row)
 
-    rows = []
-    behind = {}
+
+def _empty_rows(protocol: Protocol, name: str, cropped: bool, reason: str) -> Iterator[ExtrapolationRow]:
+    """All rows of a model in order, without numbers for `reason`."""
     for context in (FULL, CROPPED) if cropped else (FULL,):
-        for protocol in PROTOCOLS:
-            for length in sorted(lengths):
-                if protocol == NON_OVERLAPPING and length > scored_tokens:
+        for kind in PROTOCOLS:
+            for length in protocol.lengths:
+                if kind == NON_OVERLAPPING and length > protocol.scored_tokens:
                     continue
-                read = min(length, train_length) if context == CROPPED else length
-                scored = losses.get((protocol, read))
-                if scored is not None:
-                    behind[context, protocol, length] = scored
-                nats, perplexity, bits, status = _numbers(scored, num_bytes, limit)
-                fewest, most = context_seen(protocol, read, scored_tokens=scored_tokens, stride=stride)
-                rows.append(
-                    ExtrapolationRow(
-                        model=name,
-                        protocol=protocol,
-                        length=length,
-                        context=context,
-                        fewest_seen=fewest,
-                        most_seen=most,
-                        nats_per_token=nats,
-                        perplexity=perplexity,
-                        bits_per_byte=bits,
-                        tokens=scored_tokens,
-                        status=status,
-                    )
+                read = min(length, protocol.train_length) if context == CROPPED else length
+                fewest, most = protocol.context_seen(kind, read)
+                yield ExtrapolationRow(
+                    model=name,
+                    protocol=kind,
+                    length=length,
+                    context=context,
+                    fewest_seen=fewest,
+                    most_seen=most,
+                    nats_per_token=None,
+                    perplexity=None,
+                    bits_per_byte=None,
+                    tokens=protocol.scored_tokens,
+                    status=CANNOT_RUN,
+                    reason=reason,
                 )
-    tiled = [length for protocol, length in losses if protocol == NON_OVERLAPPING]
-    if not tiled:
-        return Extrapolation(rows, None, behind)
-    by_window = losses[NON_OVERLAPPING, max(tiled)].double().view(-1, max(tiled))
-    return Extrapolation(rows, PositionLoss(max(tiled), len(by_window), by_window.mean(0).tolist()), behind)
+
+
+def _filled(row: ExtrapolationRow, losses: Tensor, num_bytes: int | None) -> ExtrapolationRow:
+    nats = float(losses.double().mean())
+    bits = nats * len(losses) / math.log(2) / num_bytes if num_bytes else None
+    return replace(row, nats_per_token=nats, perplexity=math.exp(nats), bits_per_byte=bits, status=OK, reason=None)
+
+
+def _position_loss(losses: Mapping[tuple[str, int], Tensor]) -> PositionLoss | None:
+    """Loss by position in the longest non-overlapping windows, None if there are none."""
+    length = max((length for kind, length in losses if kind == NON_OVERLAPPING), default=None)
+    if length is None:
+        return None
+    by_window = losses[NON_OVERLAPPING, length].double().view(-1, length)
+    return PositionLoss(length, len(by_window), by_window.mean(0).tolist())
 
 
 def _check_model_and_tokens(model: PreTrainedModel, tokens: Tensor, name: str) -> None:
@@ -352,14 +329,3 @@ def _check_finite(losses: Tensor, *, name: str, length: int) -> None:
         raise InputError(
             f"model {name!r}: {what} at length {length}; check its weights, or use dtype float32 where it overflows"
         )
-
-
-def _numbers(
-    losses: Tensor | None, num_bytes: int | None, limit: int | None
-) -> tuple[float | None, float | None, float | None, str]:
-    """Nats a token, perplexity, bits per byte and status; `losses` is None where the model cannot run."""
-    if losses is None:
-        return None, None, None, f"cannot run: learned position table has {limit} rows"
-    nats = float(losses.double().mean())
-    bits_per_byte = nats * len(losses) / math.log(2) / num_bytes if num_bytes else None
-    return nats, math.exp(nats), bits_per_byte, OK

@@ -13,15 +13,13 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError, one_line
+from ..errors import InputError
 
 __all__ = [
-    "METRICS_FILE",
     "SCHEMA_VERSION",
     "Results",
     "check_output_dir",
     "environment",
-    "read_results",
     "replacing",
     "write_results",
 ]
@@ -30,11 +28,9 @@ __all__ = [
 # they come from. Later kinds of runs add rows with further fields and keys beside "rows".
 Results = dict[str, Any]
 
-# Schema 2: rows say what scored tokens see, models how long they were trained; `stride` may be null.
-SCHEMA_VERSION = 2
+# Schema 3: rows without numbers have a `reason`.
+SCHEMA_VERSION = 3
 
-# What a training leaves beside its model: every number and setting of the run.
-METRICS_FILE = "metrics.json"
 
 _PACKAGES = ("hf-alibi", "torch", "transformers", "accelerate", "datasets", "tokenizers")
 
@@ -130,23 +126,3 @@ def _write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-
-
-def read_results(path: Path) -> Results:
-    """Read what `write_results` wrote, from the JSON file or the folder that holds it.
-
-    Raises `InputError` for a missing file, for what is not a result file, and for one of a newer schema.
-    """
-    file = path / "results.json" if path.is_dir() else path
-    try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is no readable results.json ({one_line(error)}); give one") from error
-    if not isinstance(results, dict) or not isinstance(results.get("rows"), list):
-        raise InputError(f'{file} holds no "rows"; give a results.json that hf-alibi wrote')
-    if results.get("schema") != SCHEMA_VERSION:
-        raise InputError(
-            f"{file} has schema {results.get('schema')!r} and this version reads {SCHEMA_VERSION}; "
-            "run the evaluation again or install the version of hf-alibi that wrote it"
-        )
-    return results

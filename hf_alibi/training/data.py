@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,13 +14,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from ..errors import InputError, one_line
-from ..evaluation.passkey import passkey_training_tokens
+from ..evaluation.passkey_prompts import passkey_training_tokens
+from .settings import BUILDERS, BYTES, PASSKEY, PYTHON_DOCS, DataArguments
 
 __all__ = [
-    "BYTES",
-    "PASSKEY",
-    "PYTHON_DOCS",
-    "DataArguments",
     "TokenBlocks",
     "TokenSplit",
     "bos_token_id",
@@ -33,70 +29,7 @@ __all__ = [
     "pack_blocks",
 ]
 
-PYTHON_DOCS = "python-docs"
-PASSKEY = "passkey"
-BYTES = "bytes"
-
-# File extension to the builder of `datasets` that reads it.
-_BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _TEXT = "text"
-
-
-@dataclass
-class DataArguments:
-    """Which text a run reads, and which tail of it is held out."""
-
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": f"Dataset on the Hugging Face hub, or {PYTHON_DOCS}: text that ships with CPython, "
-            f"or {PASSKEY}: prompts that hide a number, with the answer."
-        },
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of dataset_name."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of dataset_name."})
-    text_column: str = field(default=_TEXT, metadata={"help": "Column that holds the text."})
-    train_file: list[str] | None = field(
-        default=None, metadata={"help": f"Local files instead of dataset_name: {', '.join(_BUILDERS)}."}
-    )
-    validation_file: list[str] | None = field(
-        default=None, metadata={"help": "Held-out files; without them the tail of the tokens is held out."}
-    )
-    validation_fraction: float = field(
-        default=0.1,
-        metadata={"help": "Share of the tokens, at the end, that is held out; at least 0, below 1."},
-    )
-    tokenizer_name: str | None = field(
-        default=None,
-        metadata={"help": f"Tokenizer by path or hub name, or {BYTES} (UTF-8 bytes). Default: the model's own."},
-    )
-
-    document_bos: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Begin each document with the tokenizer's beginning-of-sequence token, in training and evaluation. "
-            "Default: if the tokenizer itself begins texts with it."
-        },
-    )
-    passkey_block_size: int | None = field(
-        default=None,
-        metadata={"help": f"For {PASSKEY}: tokens that whole prompts fill; give the block_size of the training."},
-    )
-    passkey_blocks: int = field(default=4096, metadata={"help": f"For {PASSKEY}: how many such blocks."})
-    passkey_seed: int = field(default=0, metadata={"help": f"For {PASSKEY}: another one gives other prompts."})
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.validation_fraction < 1:
-            raise InputError(f"validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1")
-        if (self.dataset_name == PASSKEY) != (self.passkey_block_size is not None):
-            raise InputError(
-                f"dataset_name is {self.dataset_name} and passkey_block_size {self.passkey_block_size}; give "
-                f"passkey_block_size, the block_size of the training, with dataset_name {PASSKEY} and only there"
-            )
-        if self.dataset_name == PASSKEY and self.validation_file is not None:
-            raise InputError(f"the dataset {PASSKEY} holds out blocks of its own; leave validation_file out")
-        if self.passkey_blocks < 1:
-            raise InputError(f"passkey_blocks is {self.passkey_blocks}; it must be at least 1")
 
 
 class TokenSplit(NamedTuple):
@@ -261,13 +194,11 @@ def _load_python_docs() -> datasets.Dataset:
 def _load_files(paths: list[str], column: str) -> datasets.Dataset:
     for path in paths:
         if not Path(path).is_file():
-            raise InputError(f"there is no file {path}; give existing {', '.join(_BUILDERS)} files")
-        if Path(path).suffix not in _BUILDERS:
-            raise InputError(f"cannot read {path}: its extension must be one of {', '.join(_BUILDERS)}")
+            raise InputError(f"there is no file {path}; give existing {', '.join(BUILDERS)} files")
+        if Path(path).suffix not in BUILDERS:
+            raise InputError(f"cannot read {path}: its extension must be one of {', '.join(BUILDERS)}")
     # Neighbours of one kind are read together, so the order given is the order of the documents.
-    groups = [
-        (builder, list(group)) for builder, group in groupby(paths, key=lambda path: _BUILDERS[Path(path).suffix])
-    ]
+    groups = [(builder, list(group)) for builder, group in groupby(paths, key=lambda path: BUILDERS[Path(path).suffix])]
     return datasets.concatenate_datasets([_load_group(builder, group, column) for builder, group in groups])
 
 

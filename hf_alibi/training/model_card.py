@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from .data import PYTHON_DOCS
+from .settings import PYTHON_DOCS
 
 __all__ = ["CARD_FILE", "model_card"]
 

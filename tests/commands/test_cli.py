@@ -7,18 +7,18 @@ import pytest
 import yaml
 
 from hf_alibi import cli
-from hf_alibi.commands.finetune import FinetuneArguments
+from hf_alibi.commands.fields import field_names, training_fields
 from hf_alibi.commands.settings import load_settings
-from hf_alibi.conversion.recipe import ConversionArguments
+from hf_alibi.conversion.settings import ConversionArguments
 from hf_alibi.errors import InputError
-from hf_alibi.training.data import DataArguments
+from hf_alibi.training.settings import DataArguments, FinetuneArguments
 
 ROOT = Path(__file__).parents[2]
 
 
 def fake(monkeypatch, action):
     """Put `action` in the place of the command finetune."""
-    monkeypatch.setitem(cli._COMMANDS, "finetune", action)
+    monkeypatch.setattr("hf_alibi.commands.finetune.command", action)
 
 
 def raising(error):
@@ -26,6 +26,35 @@ def raising(error):
         raise error
 
     return action
+
+
+@pytest.mark.parametrize("command", cli._COMMANDS)
+def test_help_is_the_packages_own_fields_on_one_screen(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"usage: hf-alibi {command} [CONFIG.yaml] [--field value ...]"
+    assert len(lines) < 60
+    assert any(line.startswith("  --") for line in lines)
+
+
+def test_help_all_has_every_field(capsys):
+    assert cli.main(["finetune", "--help-all"]) == 0
+    found = capsys.readouterr().out
+    assert "usage: hf-alibi finetune [CONFIG.yaml]" in found
+    assert all(f"--{name}" in found for name in (*field_names([FinetuneArguments]), *training_fields()))
+
+
+def test_help_and_mistyped_fields_take_no_torch():
+    code = """
+import sys
+from hf_alibi.cli import main
+codes = [main(["finetune", "--help"]), main(["convert", "--blok_size", "3"]), main(["benchmark", "--heds=3"])]
+print(codes, "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[0, 1, 1] False"
+    assert "unknown field 'blok_size' in the command line; did you mean block_size" in done.stderr
+    assert "did you mean heads" in done.stderr
 
 
 def test_help_and_version(capsys):
@@ -38,13 +67,13 @@ def test_help_and_version(capsys):
 @pytest.mark.parametrize("argv", [[], ["finetun", "run.yaml"]])
 def test_wrong_usage(argv, capsys):
     assert cli.main(argv) == 2
-    assert "commands: convert, ablation, finetune, extrapolate" in capsys.readouterr().err
+    assert "commands: convert, finetune, extrapolate, ablation, benchmark" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [InputError("bad\nvalue"), OSError("bad value")])
 def test_input_errors_are_one_line(error, monkeypatch, capsys):
     fake(monkeypatch, raising(error))
-    assert cli.main(["finetune", "run.yaml"]) == 1
+    assert cli.main(["finetune"]) == 1
     captured = capsys.readouterr()
     assert captured.err == "hf-alibi: error: bad value\n"
     assert captured.out == ""
@@ -68,9 +97,11 @@ def test_interruption(monkeypatch, capsys):
     assert capsys.readouterr().err == "hf-alibi: interrupted\n"
 
 
-def test_arguments_reach_the_command(monkeypatch):
+def test_arguments_reach_the_command(monkeypatch, tmp_path):
     seen = []
     fake(monkeypatch, seen.append)
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text("block_size: 8\n")
     assert cli.main(["finetune", "run.yaml", "--seed", "1"]) == 0
     assert seen == [["run.yaml", "--seed", "1"]]
 

@@ -22,11 +22,13 @@ import hf_alibi
 from hf_alibi import cli
 from hf_alibi.commands.ablation import ablation, ablation_table
 from hf_alibi.commands.convert import _CLASSES, convert, cost, run
-from hf_alibi.commands.finetune import FinetuneArguments, finetune, train
-from hf_alibi.commands.settings import make_settings, read_yaml
-from hf_alibi.conversion.recipe import ConversionArguments
+from hf_alibi.commands.fields import read_yaml
+from hf_alibi.commands.finetune import finetune, train
+from hf_alibi.commands.settings import make_settings
+from hf_alibi.conversion.settings import ConversionArguments
 from hf_alibi.errors import InputError
-from hf_alibi.training.data import DataArguments, load_tokenizer, load_tokens
+from hf_alibi.training.data import load_tokenizer, load_tokens
+from hf_alibi.training.settings import DataArguments, FinetuneArguments
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 BLOCK = 32

@@ -16,7 +16,8 @@ from hf_alibi.commands.extrapolate import extrapolate
 from hf_alibi.errors import InputError
 from hf_alibi.evaluation import memory
 from hf_alibi.evaluation import perplexity as evaluation
-from hf_alibi.reporting.results import read_results
+from hf_alibi.evaluation.protocol import Protocol
+from hf_alibi.evaluation.settings import ExtrapolateArguments
 
 FILES = {"results.json", "results.csv", "report.md", "report.html", "perplexity.png", "position_loss.png"}
 BYTES = 259
@@ -79,11 +80,11 @@ def test_a_run_writes_everything_it_found(command, tmp_path, capsys):
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == FILES
     assert all(path.stat().st_size > 200 for path in out.iterdir())
-    assert read_results(out) == {"schema": 2, **json.loads(json.dumps(results))}
+    assert json.loads((out / "results.json").read_text()) == {"schema": 3, **json.loads(json.dumps(results))}
     rows = {(r["model"], r["protocol"], r["length"], r["context"]): r for r in results["rows"]}
     # Two protocols, three lengths; the unconverted model has a cropped baseline too.
     assert len(rows) == len(results["rows"]) == 2 * 3 * 3
-    assert rows["original", "sliding", 32, "full"]["status"].startswith("cannot run: learned position table has 16")
+    assert rows["original", "sliding", 32, "full"]["reason"] == "learned position table has 16 rows"
     assert (
         rows["original", "sliding", 64, "cropped"]["perplexity"]
         == rows["original", "sliding", 16, "full"]["perplexity"]
@@ -123,8 +124,8 @@ def test_results_hold_no_absolute_path(command, tmp_path):
 
 
 def test_defaults_reach_sixteen_times_the_training_length():
-    args = extrapolation.ExtrapolateArguments(models={"a": "b"}, train_length=128, output_dir="out")
-    assert args.protocol() == ([128, 256, 512, 1024, 2048], 128, 8192, None)
+    args = ExtrapolateArguments(models={"a": "b"}, train_length=128, output_dir="out")
+    assert args.protocol() == Protocol([128, 256, 512, 1024, 2048], 128, 8192, None)
 
 
 def test_cropped_baselines_can_be_chosen_and_left_out(command):

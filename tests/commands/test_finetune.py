@@ -23,11 +23,12 @@ from transformers import (
     TrainingArguments,
 )
 
+from hf_alibi.commands.fields import read_yaml
 from hf_alibi.commands.finetune import finetune
-from hf_alibi.commands.settings import read_yaml
 from hf_alibi.errors import InputError
 from hf_alibi.training.checkpoints import last_complete_checkpoint
-from hf_alibi.training.data import DataArguments, TokenBlocks, load_tokenizer, load_tokens, pack_blocks
+from hf_alibi.training.data import TokenBlocks, load_tokenizer, load_tokens, pack_blocks
+from hf_alibi.training.settings import DataArguments
 from hf_alibi.training.trainer import RateScales, divergence, make_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "workplace")

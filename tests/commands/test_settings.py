@@ -6,7 +6,9 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
-from hf_alibi.commands.settings import load_settings, read_yaml, resolve_settings, save_settings
+from hf_alibi.commands import settings as settings_module
+from hf_alibi.commands.fields import field_names, read_yaml, training_fields
+from hf_alibi.commands.settings import load_settings, resolve_settings, save_settings
 from hf_alibi.errors import InputError
 
 
@@ -76,17 +78,31 @@ def test_mapping_arrives_as_json(config):
     assert training.lr_scheduler_kwargs == {"num_cycles": 2}
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        ([], "no configuration file"),
-        (["--hue", "blue"], "no configuration file"),
-        (["missing.yaml"], "cannot read the configuration file missing.yaml: No such file"),
-    ],
-)
-def test_configuration_file_is_required(argv, message):
-    with pytest.raises(InputError, match=message):
-        load_settings(CLASSES, argv)
+def test_the_file_may_be_left_out():
+    colours, training = load_settings(CLASSES, ["--hue", "blue", "--output_dir", "out"])
+    assert (colours.hue, training.output_dir) == ("blue", "out")
+    assert load_settings((Colours,), []) == (Colours(),)
+
+
+def test_a_missing_file_is_an_error():
+    with pytest.raises(InputError, match=r"cannot read the configuration file missing.yaml: No such file"):
+        load_settings(CLASSES, ["missing.yaml"])
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_precision_is_chosen_by_the_device(config, fast, monkeypatch):
+    monkeypatch.setattr("hf_alibi.commands.settings._has_fast_bfloat16", lambda: fast)
+    assert load_settings(CLASSES, [config(bf16="auto")])[1].bf16 is fast
+    assert load_settings(CLASSES, [config(bf16=not fast), "--bf16", "auto"])[1].bf16 is fast
+    assert load_settings(CLASSES, [config(bf16=not fast), "--bf16=auto"])[1].bf16 is fast
+    assert load_settings(CLASSES, [config(bf16=True)])[1].bf16
+
+
+@pytest.mark.parametrize(("flags", "fast"), [("avx2 avx512_bf16", True), ("amx_bf16", True), ("avx2 avx512f", False)])
+def test_a_cpu_is_fast_by_its_instructions(flags, fast, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda *args, **kwargs: False)
+    monkeypatch.setattr(Path, "read_text", lambda *args, **kwargs: f"flags : fpu {flags}\n")
+    assert settings_module._has_fast_bfloat16() is fast
 
 
 @pytest.mark.parametrize(
@@ -135,11 +151,8 @@ def test_empty_list(config):
         load_settings(CLASSES, [config(shades=[])])
 
 
-def test_help_lists_the_fields(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        load_settings(CLASSES, ["--help"])
-    assert stopped.value.code == 0
-    assert "--shades" in capsys.readouterr().out
+def test_the_fields_of_a_training_are_read_from_its_source():
+    assert set(training_fields()) == set(field_names([TrainingArguments]))
 
 
 def test_saved_settings_load_as_the_same(config, tmp_path):

@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig
 import hf_alibi
 from helpers.models import stock_model, tokens
 from hf_alibi.errors import InputError
-from hf_alibi.evaluation.baselines import ALL, BASELINES, Reach, check_names, choose, with_baseline
+from hf_alibi.evaluation.baselines import ALL, BASELINES, Lengths, check_names, choose, with_baseline
 
 ROPE = {"rope_linear": "linear", "rope_dynamic": "dynamic", "rope_yarn": "yarn"}
-REACH = Reach(train_length=16, longest=128)  # the tiny models are made for 32 positions
+REACH = Lengths(train_length=16, longest=128)  # the tiny models are made for 32 positions
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def test_all_is_what_fits_the_kind_of_model():
 
 
 def test_labels_say_how_far_it_is_stretched():
-    reach = Reach(train_length=16, longest=112)
+    reach = Lengths(train_length=16, longest=112)
     assert chosen(["rope_yarn", "sliding_window"], stock_model("llama"), reach).labels == {
         "rope_yarn": "YaRN ×3.5",
         "sliding_window": "window of 16",
@@ -94,11 +94,11 @@ def test_labels_say_how_far_it_is_stretched():
 
 def test_what_is_within_reach_or_changed_already_is_left_out_with_the_reason():
     llama, alibi = stock_model("llama"), hf_alibi.apply_alibi(stock_model("llama"))
-    within = Reach(train_length=16, longest=32)
+    within = Lengths(train_length=16, longest=32)
     assert chosen(list(ROPE), llama, within).labels == {}
     assert "32, is within the 32 tokens" in chosen(["rope_yarn"], llama, within).left_out["rope_yarn"]
-    assert chosen(["rope_yarn"], llama, Reach(16, 33)).labels
-    nothing = Reach(train_length=16, longest=16)
+    assert chosen(["rope_yarn"], llama, Lengths(16, 33)).labels
+    nothing = Lengths(train_length=16, longest=16)
     for model, name in ((llama, "sliding_window"), (alibi, "alibi_ntk")):
         assert chosen([name], model, nothing).left_out == {name: "no length is beyond the training length"}
     scaled = stock_model("llama", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})

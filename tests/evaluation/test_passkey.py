@@ -12,7 +12,8 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from helpers.models import stock_model
 from hf_alibi.errors import InputError
 from hf_alibi.evaluation import passkey
-from hf_alibi.evaluation.passkey import PasskeyProbe, PasskeyText, evaluate_passkey, passkey_training_tokens
+from hf_alibi.evaluation.passkey import evaluate_passkey
+from hf_alibi.evaluation.passkey_prompts import PasskeyProbe, PasskeyText, passkey_training_tokens
 
 QUESTION = "What is the pass key? The pass key is"
 
@@ -189,7 +190,7 @@ def test_lengths_beyond_the_table_have_rows_that_say_so(tokenizer, text):
     assert all(row.status == "ok" for row in rows if row.length == 200)
     beyond = [row for row in rows if row.length == 330]
     assert len(beyond) == 4
-    assert all(row.status == "cannot run: learned position table has 256 rows" for row in beyond)
+    assert all((row.status, row.reason) == ("cannot run", "learned position table has 256 rows") for row in beyond)
     assert all(row.found is row.low is row.high is None for row in beyond)
 
 

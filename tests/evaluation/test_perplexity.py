@@ -15,16 +15,14 @@ from hf_alibi.evaluation import memory
 from hf_alibi.evaluation import perplexity as evaluation
 from hf_alibi.evaluation.memory import check_memory, peak_bytes
 from hf_alibi.evaluation.perplexity import PositionLoss, evaluate_extrapolation, window_losses
-from hf_alibi.evaluation.protocol import (
-    NON_OVERLAPPING,
-    SLIDING,
-    check_protocol,
-    non_overlapping_windows,
-    sliding_windows,
-)
+from hf_alibi.evaluation.protocol import NON_OVERLAPPING, SLIDING, Protocol
 
 LENGTHS = (8, 16, 32)
 PROTOCOL = {"lengths": LENGTHS, "train_length": 8, "scored_tokens": 64, "stride": None}
+
+
+def windows_of(kind, num_tokens, *, length, scored_tokens, stride=None):
+    return Protocol([length], length, scored_tokens, stride).windows(kind, length, num_tokens)
 
 
 def run(model, stream, **changes):
@@ -81,7 +79,7 @@ def test_equals_a_loop_over_single_tokens(family, protocol, length):
 
 def test_losses_of_single_tokens_equal_the_loop_in_order():
     model, stream = stock_model("llama"), tokens(110)
-    windows = sliding_windows(110, length=16, scored_tokens=64, stride=5)
+    windows = windows_of(SLIDING, 110, length=16, scored_tokens=64, stride=5)
     expected = naive_losses(model, stream, SLIDING, length=16, scored=64, stride=5)
     for batch in (1, 3, 100):
         for sliced in (True, False):
@@ -116,20 +114,18 @@ def test_the_next_token_is_the_target_and_the_newest_input_is_not():
 @given(data=st.data())
 def test_every_scored_token_is_a_target_once_at_every_length(data):
     length = data.draw(st.integers(1, 40))
-    stride = data.draw(st.integers(1, length))  # of windows; `check_protocol` allows less
+    stride = data.draw(st.integers(1, length))  # of windows; `Protocol.check` allows less
     scored = length * data.draw(st.integers(1, 5))
     total = scored + length + data.draw(st.integers(0, 9))
-    for windows in (
-        sliding_windows(total, length=length, scored_tokens=scored, stride=stride),
-        non_overlapping_windows(total, length=length, scored_tokens=scored),
-    ):
+    options = {"length": length, "scored_tokens": scored, "stride": stride}
+    for windows in (windows_of(SLIDING, total, **options), windows_of(NON_OVERLAPPING, total, **options)):
         targets = [target for w in windows for target in range(w.first_target, w.first_target + w.num_targets)]
         assert targets == list(range(total - scored, total))
         assert min(w.start for w in windows) >= 0
         assert all(w.start + w.length < total for w in windows)
-    for window in sliding_windows(total, length=length, scored_tokens=scored, stride=stride):
+    for window in windows_of(SLIDING, total, **options):
         assert length - stride + 1 <= window.first_target - window.start <= length
-    for window in non_overlapping_windows(total, length=length, scored_tokens=scored):
+    for window in windows_of(NON_OVERLAPPING, total, **options):
         assert window.first_target - window.start == 1
 
 
@@ -145,7 +141,7 @@ def test_the_stride_is_an_eighth_of_each_length_or_the_one_given():
 
 def test_the_first_input_of_each_window_can_be_the_beginning_of_sequence():
     model, stream = stock_model("llama"), tokens(110)
-    windows = sliding_windows(110, length=16, scored_tokens=64, stride=2)
+    windows = windows_of(SLIDING, 110, length=16, scored_tokens=64, stride=2)
     given = []
     model.model.embed_tokens.register_forward_pre_hook(lambda module, args: given.append(args[0].clone()))
     with torch.no_grad():
@@ -166,8 +162,8 @@ def test_windows_longer_than_what_is_scored_only_slide():
 
 
 def test_a_stride_of_the_length_makes_the_protocols_one():
-    options = {"length": 16, "scored_tokens": 64}
-    assert sliding_windows(100, stride=16, **options) == non_overlapping_windows(100, **options)
+    options = {"length": 16, "scored_tokens": 64, "stride": 16}
+    assert windows_of(SLIDING, 100, **options) == windows_of(NON_OVERLAPPING, 100, **options)
 
 
 def test_only_the_context_changes_with_the_length():
@@ -196,7 +192,7 @@ def test_a_learned_table_ends_in_rows_that_say_so():
     for protocol in (SLIDING, NON_OVERLAPPING):
         assert value(result, protocol, 16, field="status") == "ok"
         beyond = next(r for r in result.rows if (r.protocol, r.length, r.context) == (protocol, 32, "full"))
-        assert beyond.status == "cannot run: learned position table has 16 rows"
+        assert (beyond.status, beyond.reason) == ("cannot run", "learned position table has 16 rows")
         assert (beyond.nats_per_token, beyond.perplexity, beyond.bits_per_byte) == (None, None, None)
     assert result.position_loss.length == 16
     assert len(result.rows) == 2 * 2 * len(LENGTHS)
@@ -329,12 +325,12 @@ def test_weights_still_to_be_loaded_count(monkeypatch):
 def test_what_does_not_fit_together_is_named(changes, words):
     settings = {"num_tokens": 93, **PROTOCOL, **changes}
     with pytest.raises(InputError, match=words) as error:
-        check_protocol(settings.pop("num_tokens"), **settings)
+        Protocol(**{name: settings[name] for name in PROTOCOL}).check(settings["num_tokens"])
     assert "\n" not in str(error.value)
 
 
 def test_the_shortest_text_that_fits_is_enough():
-    check_protocol(93, **PROTOCOL)
+    Protocol(**PROTOCOL).check(93)
     assert len(run(stock_model("llama"), tokens(93)).rows) == 6
 
 
@@ -369,6 +365,7 @@ def test_rows_are_plain_data():
         "bits_per_byte",
         "tokens",
         "status",
+        "reason",
     ]
 
 

@@ -95,7 +95,8 @@ def made_up_row(model, context, protocol, length, perplexity, *, spread):
         "perplexity": perplexity,
         "bits_per_byte": nats / math.log(2) if perplexity else None,
         "tokens": 8192,
-        "status": "ok" if perplexity else "cannot run: learned position table has 128 rows",
+        "status": "ok" if perplexity else "cannot run",
+        "reason": None if perplexity else "learned position table has 128 rows",
         "perplexity_low": perplexity / (1 + spread) if perplexity else None,
         "perplexity_high": perplexity * (1 + spread) if perplexity else None,
     }
@@ -117,7 +118,7 @@ def with_keys(results, found, *, lengths, depths=(0.0, 1.0), cases=10):
                 asked = cases * (1 if depth is not None else len(depths))
                 right = None if count is None else count * asked // cases
                 low, high = (None, None) if right is None else wilson(right, asked)
-                status = "cannot run: ..." if right is None else "ok"
+                status = "cannot run" if right is None else "ok"
                 cell = {"length": length, "depth": depth, "found": right, "cases": asked, "low": low, "high": high}
                 rows.append({"model": model, "context": context, **cell, "status": status})
     probe = {"lengths": list(lengths), "depths": list(depths), "cases": cases, "seed": 0}

@@ -7,7 +7,6 @@ import torch
 from helpers.made_up import word_tokenizer
 from hf_alibi.errors import InputError
 from hf_alibi.training.data import (
-    DataArguments,
     bos_token_id,
     count_bytes,
     document_numbers,
@@ -16,6 +15,7 @@ from hf_alibi.training.data import (
     load_tokens,
     pack_blocks,
 )
+from hf_alibi.training.settings import DataArguments
 
 EOS = 1  # of the byte tokenizer
 

@@ -1,0 +1,155 @@
+"""The settings of a training: the model, its attention, and the text."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..errors import InputError
+from ..utils import read_mapping
+
+__all__ = ["BUILDERS", "BYTES", "PASSKEY", "PYTHON_DOCS", "AblationArguments", "DataArguments", "FinetuneArguments"]
+
+PYTHON_DOCS = "python-docs"
+PASSKEY = "passkey"
+BYTES = "bytes"
+
+# File extension to the builder of `datasets` that reads it.
+BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+@dataclass
+class FinetuneArguments:
+    """Which model is trained, with which positions, on blocks of which length."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to start from: a folder or a hub name."}
+    )
+    model_config: dict | str | None = field(  # type: ignore[type-arg]  # HfArgumentParser takes the bare type
+        default=None,
+        metadata={"help": "Instead: a fresh model, e.g. {model_type: gpt2, n_layer: 4, n_head: 4, n_embd: 256}."},
+    )
+    attention: Literal["alibi", "original", "nope"] = field(
+        default="alibi",
+        metadata={"help": "alibi converts the model, original leaves it alone, nope removes all positions."},
+    )
+    block_size: int = field(default=512, metadata={"help": "Training length in tokens."})
+    budget_tokens: int | None = field(
+        default=None, metadata={"help": "Training tokens in all, instead of max_steps or num_train_epochs."}
+    )
+    mlp_rate_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of learning_rate for all but self-attention and embeddings: MLPs, norms. 0 freezes them."
+        },
+    )
+    embedding_rate_scale: float = field(
+        default=1.0, metadata={"help": "Share of learning_rate for input and output embeddings. 0 freezes them."}
+    )
+    teacher_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoint of the same vocabulary whose predictions are learned, not the text's tokens. For a "
+            "conversion: the model that is converted, once it was fine-tuned on the text."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Attention backend, such as eager or sdpa. Default: the library's choice."},
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
+        default="float32",
+        metadata={"help": "Type of the weights. Keep float32 and set bf16 or fp16 for mixed precision."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.model_config is not None:
+            self.model_config = read_mapping(self.model_config, "model_config", "{model_type: gpt2, n_layer: 4, ...}")
+        if (self.model_name_or_path is None) == (self.model_config is None):
+            given = "neither" if self.model_config is None else "both"
+            raise InputError(f"{given} of model_name_or_path and model_config given; give exactly one of them")
+        if self.block_size < 2:
+            raise InputError(f"block_size is {self.block_size}; it must be at least 2, one token to predict the next")
+        if self.budget_tokens is not None and self.budget_tokens < self.block_size:
+            raise InputError(f"budget_tokens is {self.budget_tokens}, less than one block of {self.block_size} tokens")
+        for name in ("mlp_rate_scale", "embedding_rate_scale"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0, which freezes these weights")
+
+
+@dataclass
+class DataArguments:
+    """Which text a run reads, and which tail of it is held out."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Dataset on the Hugging Face hub, or {PYTHON_DOCS}: text that ships with CPython, "
+            f"or {PASSKEY}: prompts that hide a number, with the answer."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of dataset_name."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of dataset_name."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    train_file: list[str] | None = field(
+        default=None, metadata={"help": f"Local files instead of dataset_name: {', '.join(BUILDERS)}."}
+    )
+    validation_file: list[str] | None = field(
+        default=None, metadata={"help": "Held-out files; without them the tail of the tokens is held out."}
+    )
+    validation_fraction: float = field(
+        default=0.1,
+        metadata={"help": "Share of the tokens, at the end, that is held out; at least 0, below 1."},
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": f"Tokenizer by path or hub name, or {BYTES} (UTF-8 bytes). Default: the model's own."},
+    )
+    document_bos: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Begin each document with the tokenizer's beginning-of-sequence token, in training and evaluation. "
+            "Default: if the tokenizer itself begins texts with it."
+        },
+    )
+    passkey_block_size: int | None = field(
+        default=None,
+        metadata={"help": f"For {PASSKEY}: tokens that whole prompts fill; give the block_size of the training."},
+    )
+    passkey_blocks: int = field(default=4096, metadata={"help": f"For {PASSKEY}: how many such blocks."})
+    passkey_seed: int = field(default=0, metadata={"help": f"For {PASSKEY}: another one gives other prompts."})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_fraction < 1:
+            raise InputError(f"validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1")
+        if (self.dataset_name == PASSKEY) != (self.passkey_block_size is not None):
+            raise InputError(
+                f"dataset_name is {self.dataset_name} and passkey_block_size {self.passkey_block_size}; give "
+                f"passkey_block_size, the block_size of the training, with dataset_name {PASSKEY} and only there"
+            )
+        if self.dataset_name == PASSKEY and self.validation_file is not None:
+            raise InputError(f"the dataset {PASSKEY} holds out blocks of its own; leave validation_file out")
+        if self.passkey_blocks < 1:
+            raise InputError(f"passkey_blocks is {self.passkey_blocks}; it must be at least 1")
+
+
+@dataclass
+class AblationArguments:
+    """Which rows are trained, and how often."""
+
+    # Only beside None does HfArgumentParser take a mapping as a string, which is then JSON.
+    rows: dict[str, dict] | str | None = field(  # type: ignore[type-arg]  # HfArgumentParser takes the bare type
+        default=None, metadata={"help": 'Name to the fields that the row changes, e.g. {"none": {"match_tokens": 0}}.'}
+    )
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "Seeds of each row."})
+    control: str | None = field(
+        default=None, metadata={"help": "Row whose perplexity at the same seed the others are divided by."}
+    )
+
+    def __post_init__(self) -> None:
+        example = "{name: {field: value, ...}, ...}"
+        rows = read_mapping(self.rows, "rows", example)
+        if not all(isinstance(row, dict) for row in rows.values()):
+            raise InputError(f"rows is {rows!r}; it must be a mapping, {example}")
+        if self.control is not None and self.control not in rows:
+            raise InputError(f"control is {self.control!r}; the rows are {', '.join(rows)}")
+        self.rows = rows
