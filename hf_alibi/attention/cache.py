@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .layer_slopes import HeadSlopes
+from .call import AttentionCall
 
 __all__ = ["AlibiCache", "AlibiLayer", "CachedStates"]
 
@@ -171,32 +171,21 @@ class AlibiLayer(CacheLayerMixin):
             CachedStates(self, values, self.tokens, whole[1], sinks),
         )
 
-    def observe(
-        self,
-        query: Tensor,
-        lse: Tensor | None,
-        allowed: Tensor | None,
-        *,
-        slopes: HeadSlopes,
-        scaling: float,
-        default: float,
-    ) -> None:
+    def observe(self, call: AttentionCall, lse: Tensor | None, allowed: Tensor | None) -> None:
         """Check queries against what was dropped before them, and set the reach of those to come.
 
         Args:
-            query: (batch, heads, queries, head_dim), the last tokens.
+            call: its queries are the last tokens; its tolerance counts if the cache has none of its own.
             lse: (batch, heads, queries), log-sum-exp of their logits over what is kept; None in the first step.
             allowed: bool (batch or 1, heads or 1, queries, tokens), what they see; None for all tokens before them.
-            slopes: of the heads.
-            scaling: of the logits.
-            default: tolerance, if the cache has none of its own.
 
-        Raises RuntimeError where dropped tokens may have more of a query's weights than the tolerance, or where sinks
-        are not those of earlier queries.
+        Raises RuntimeError if dropped tokens may have more of a query's weights than the tolerance, or if sinks are not
+        those of earlier queries.
         """
+        query, slopes = call.query, call.slopes
         self.seen = True
-        limit = math.log(default if self.tolerance is None else self.tolerance)
-        norm = _norms(query) * abs(scaling)
+        limit = math.log(call.tolerance if self.tolerance is None else self.tolerance)
+        norm = _norms(query) * abs(call.scaling)
         largest = norm.amax(dim=(0, 2))
         self.query_norm = largest if self.query_norm is None else torch.maximum(self.query_norm, largest)
         if lse is None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..bias import alibi_bias
-from .inputs import refuse_unsupported, visible_keys
-from .layer_slopes import head_slopes
+from .call import resolve
+from .inputs import visible_keys
 
 __all__ = ["eager_alibi_attention"]
 
@@ -39,18 +39,25 @@ def eager_alibi_attention(
     Returns the output (batch, queries, heads, head_dim) and the weights (batch, heads, queries, keys), of which a row
     sums to less than 1 where a sink takes its share.
     """
-    refuse_unsupported("eager", module, kwargs, supported=("softcap", "s_aux"))
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-    slopes = head_slopes(module, query, value, query.device)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    call = resolve(
+        "eager",
+        module,
+        (query, key, value),
+        attention_mask,
+        scaling=scaling,
+        dropout=dropout,
+        kwargs=kwargs,
+        supported=("softcap", "s_aux"),
+    )
+    slopes = call.slopes
     allowed, added = visible_keys(attention_mask, query, key)
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    key, value = (states.repeat_interleave(call.groups, dim=1) for states in (key, value))
 
     wide = torch.promote_types(query.dtype, torch.float32)
     # Autocast would take the product of two float32 tensors in a half type.
     with torch.autocast(query.device.type, enabled=False):
-        logits = query.to(wide) @ key.to(wide).transpose(-1, -2) * scaling
+        logits = query.to(wide) @ key.to(wide).transpose(-1, -2) * call.scaling
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         logits = logits + alibi_bias(slopes.for_queries(lambda: allowed.sum(dim=-1)), allowed, slopes.sink_tokens)

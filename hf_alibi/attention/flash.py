@@ -17,8 +17,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from .inputs import autocast, refuse_unsupported
-from .layer_slopes import head_slopes
+from .call import autocast, resolve
 
 __all__ = ["flash_alibi_attention", "load_flash_attn", "refuse_sinks"]
 
@@ -53,8 +52,9 @@ def flash_alibi_attention(
 
     Raises ImportError without a usable flash-attn; ValueError for what its kernels cannot do.
     """
-    refuse_unsupported("flash_attention_2", module, kwargs)
-    slopes = head_slopes(module, query, value, query.device)
+    states = (query, key, value)
+    call = resolve("flash_attention_2", module, states, attention_mask, scaling=scaling, kwargs=kwargs)
+    slopes = call.slopes
     if slopes.dynamic is not None:
         raise ValueError(
             "alibi_scaling of type 'dynamic' gives each query its own slopes, flash-attn takes one a head; make it "
@@ -69,7 +69,7 @@ def flash_alibi_attention(
         deterministic = os.environ.get("FLASH_ATTENTION_DETERMINISTIC") == "1"
     options = {
         "dropout_p": dropout,
-        "softmax_scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "softmax_scale": call.scaling,
         "causal": True,
         "window_size": (-1, -1) if window is None else (window - 1, 0),
         "alibi_slopes": slopes.per_head,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..bias import causal_rows
 
-__all__ = ["autocast", "refuse_unsupported", "visible_keys", "visible_range"]
+__all__ = ["refuse_unsupported", "visible_keys", "visible_range"]
 
 # An additive entry at or under this is a mask: after softmax it leaves nothing in any floating-point type.
 _MASKED = -1e4
@@ -33,7 +33,7 @@ class HasShape(Protocol):
 
 
 def refuse_unsupported(
-    name: str, module: torch.nn.Module, kwargs: dict[str, Any], *, supported: Container[str] = ()
+    name: str, module: torch.nn.Module, kwargs: Mapping[str, Any], *, supported: Container[str] = ()
 ) -> None:
     """Raise ValueError for an argument of the attention call that backend `name` would otherwise ignore."""
     for argument, meaning in _SPECIAL.items():
@@ -50,17 +50,6 @@ def refuse_unsupported(
         )
     if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
         raise ValueError(f"ALiBi is for causal attention; {type(module).__name__} was called with is_causal=False")
-
-
-def autocast(device: torch.device, *tensors: Tensor) -> list[Tensor]:
-    """`tensors` in the type that autocast would give them, if it is on: float32 becomes its half type.
-
-    A backend that calls this first can turn autocast off for what follows, where float32 must stay float32.
-    """
-    if not torch.is_autocast_enabled(device.type):
-        return list(tensors)
-    half = torch.get_autocast_dtype(device.type)
-    return [tensor if tensor.dtype == torch.float64 else tensor.to(half) for tensor in tensors]
 
 
 def visible_keys(attention_mask: Tensor | None, query: Tensor, key: HasShape) -> tuple[Tensor, Tensor | None]:

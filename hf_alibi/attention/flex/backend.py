@@ -8,6 +8,7 @@ nothing of it has to come back from the GPU.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,9 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad
 
-from ..inputs import autocast, refuse_unsupported
-from ..layer_slopes import head_slopes
-from ..tolerance import exact_tolerance, left_out
+from ..call import AttentionCall, autocast, resolve
+from ..tolerance import left_out
 from .runs import BLOCK, Runs, by_block, runs_of, visible_blocks
 
 __all__ = ["flex_alibi_attention"]
@@ -63,55 +63,66 @@ def flex_alibi_attention(
     Raises ValueError for dropout, gradients on the CPU, and a mask under which a query sees no run of tokens. In a
     model under torch.compile, which cannot raise for what values say, the output of such a query is NaN.
     """
-    refuse_unsupported("flex_attention", module, kwargs)
+    states = (query, key, value)
+    call = resolve("flex_attention", module, states, attention_mask, scaling=scaling, dropout=dropout, kwargs=kwargs)
     if dropout:
         raise ValueError(f"flex_attention has no dropout, got {dropout}; set it to 0 in the config, {_OTHERWISE}")
-    if query.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+    if query.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in states):
         raise ValueError(
             f"flex_attention has no backward pass on the CPU; use it under torch.no_grad(), {_OTHERWISE} to train"
         )
-    queries, keys, width = query.shape[2], key.shape[2], value.shape[-1]
-    config: Any = module.config
-    slopes = head_slopes(module, query, value, query.device)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key, value = autocast(query.device, query, key, value)
+    query, key, value = autocast(query.device, *states)
+    call = replace(call, query=query, key=key, value=value)
     runs = runs_of(attention_mask, query, key)
     # A tensor of this call: one that was cached in inference mode could not be kept for a backward pass.
-    penalty = slopes.per_head.clone()
-    # Not a number, for which each value would be a kernel of its own.
-    sinks = torch.full((1,), slopes.sink_tokens, dtype=torch.int32, device=query.device) if slopes.sink_tokens else None
-    if slopes.dynamic is not None:
-        penalty = slopes.for_queries(lambda: runs.seen[:, None])[..., 0]
-    partial, full = visible_blocks(runs, keys)
-    compiling = torch.compiler.is_compiling()
+    penalty = call.slopes.per_head.clone()
+    if call.slopes.dynamic is not None:
+        penalty = call.slopes.for_queries(lambda: runs.seen[:, None])[..., 0]
     with torch.autocast(query.device.type, enabled=False):
-        if not compiling and runs.position is None and slopes.dynamic is None and 2 * BLOCK < queries == keys:
-            tolerance = exact_tolerance(query.dtype) if config.alibi_tolerance is None else config.alibi_tolerance
-            kept = _kept_blocks(query.detach(), key.detach(), runs, penalty, scaling, tolerance)
-            if slopes.sink_tokens:
-                kept = kept | _sink_blocks(runs, slopes.sink_tokens)
-            partial, full = partial & kept, full & kept
-        spare = max(0, _NARROWEST - query.shape[-1])
-        query, key, value = (pad(tensor, (0, spare)) if spare else tensor for tensor in (query, key, value))
-        if compiling:
-            # A region of its own, since the kernel on the CPU takes no tensors that its graph has yet to compute.
-            attend = _region
-        elif query.dtype == torch.float64:
-            # No kernel takes it: unfused, for checks.
-            attend = _attend
-        else:
-            # PyTorch 2.13 writes C++ that does not compile where the size of what the kernel looks up may change.
-            per_query = penalty.ndim > 1 or runs.table.ndim > 2
-            if not per_query:
-                torch._dynamo.mark_static(penalty)
-                torch._dynamo.mark_static(runs.table)
-            attend = _compiled(dynamic=False if per_query and query.device.type == "cpu" else None)
-        scale = torch.full((1,), scaling, dtype=torch.float32, device=query.device)
-        options = kwargs.get("kernel_options")
-        output = attend(query, key, value, penalty, runs.table, partial, full, scale, sinks, options)[..., :width]
+        blocks = _blocks(call, runs, penalty)
+        output = _run(call, runs, penalty, blocks, kwargs.get("kernel_options"))
     if runs.consecutive is not None:
         output = output.masked_fill(~runs.consecutive[:, None, :, None], math.nan)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _blocks(call: AttentionCall, runs: Runs, penalty: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks of keys that are read with the mask, and without; see `_attend`."""
+    queries, keys = call.query.shape[2], call.key.shape[2]
+    partial, full = visible_blocks(runs, keys)
+    skips = not torch.compiler.is_compiling() and runs.position is None and call.slopes.dynamic is None
+    if skips and 2 * BLOCK < queries == keys:
+        kept = _kept_blocks(call.query.detach(), call.key.detach(), runs, penalty, call.scaling, call.tolerance)
+        if call.slopes.sink_tokens:
+            kept = kept | _sink_blocks(runs, call.slopes.sink_tokens)
+        partial, full = partial & kept, full & kept
+    return partial, full
+
+
+def _run(call: AttentionCall, runs: Runs, penalty: Tensor, blocks: tuple[Tensor, Tensor], options: Any) -> Tensor:
+    """Call the kernel; returns (batch, heads, queries, head_dim)."""
+    device, width = call.query.device, call.value.shape[-1]
+    spare = max(0, _NARROWEST - call.query.shape[-1])
+    states = tuple(pad(x, (0, spare)) if spare else x for x in (call.query, call.key, call.value))
+    if torch.compiler.is_compiling():
+        # A region of its own, since the kernel on the CPU takes no tensors that its graph has yet to compute.
+        attend = _region
+    elif call.query.dtype == torch.float64:
+        # No kernel takes it: unfused, for checks.
+        attend = _attend
+    else:
+        # PyTorch 2.13 writes C++ that does not compile if the size of what the kernel looks up may change.
+        per_query = penalty.ndim > 1 or runs.table.ndim > 2
+        if not per_query:
+            torch._dynamo.mark_static(penalty)
+            torch._dynamo.mark_static(runs.table)
+        attend = _compiled(dynamic=False if per_query and device.type == "cpu" else None)
+    # Tensors, not numbers, for each value of which there would be a kernel of its own.
+    scale = torch.full((1,), call.scaling, dtype=torch.float32, device=device)
+    count = call.slopes.sink_tokens
+    sinks = torch.full((1,), count, dtype=torch.int32, device=device) if count else None
+    output: Tensor = attend(states, penalty, runs.table, blocks, scale, sinks, options)
+    return output[..., :width]
 
 
 @lru_cache(maxsize=2)
@@ -121,13 +132,10 @@ def _compiled(dynamic: bool | None) -> Any:
 
 
 def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    states: tuple[Tensor, Tensor, Tensor],
     slopes: Tensor,
     table: Tensor,
-    partial: Tensor,
-    full: Tensor,
+    blocks: tuple[Tensor, Tensor],
     scaling: Tensor,
     sinks: Tensor | None,
     kernel_options: Any,
@@ -135,15 +143,15 @@ def _attend(
     """flex_attention with the bias, over the keys that each query sees.
 
     Args:
-        query: (batch, heads, queries, head_dim).
-        key, value: (batch, key-value heads, keys, head_dim).
+        states: query (batch, heads, queries, head_dim), key and value (batch, key-value heads, keys, head_dim).
         slopes: float32 (heads,) or (batch, heads, queries), logits per token of distance.
         table: see `Runs`.
-        partial, full: bool (batch, 1 or heads, query blocks, key blocks), to be read with the mask and without.
+        blocks: bool (batch, 1 or heads, query blocks, key blocks), to be read with the mask, and without.
         scaling: float32 (1,), of the logits.
-        sinks: int32 (1,), so many of the first tokens that a query sees have no bias; None for none.
+        sinks: int32 (1,), how many of the first tokens that a query sees have no bias; None for none.
         kernel_options: of flex_attention.
     """
+    query, key, value = states
 
     def first(b: Tensor, q: Tensor) -> Tensor:
         return table[0, b] if table.ndim == 2 else table[0, b, q]
@@ -166,8 +174,8 @@ def _attend(
         return (first(b, q) <= position(b, k)) & (position(b, k) <= last(b, q))
 
     block_mask = BlockMask.from_kv_blocks(
-        *_indices(partial),
-        *_indices(full),
+        *_indices(blocks[0]),
+        *_indices(blocks[1]),
         BLOCK,
         mask_mod,
         (query.shape[2], key.shape[2]),

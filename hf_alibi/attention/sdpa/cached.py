@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..cache import CachedStates
-from ..layer_slopes import HeadSlopes
+from ..call import AttentionCall, autocast
+from ..inputs import visible_keys
 from .decoding import decode
 
 __all__ = ["attend_cached"]
@@ -17,23 +19,40 @@ __all__ = ["attend_cached"]
 _ENTRIES = 2**24
 
 
-def attend_cached(
-    query: Tensor,
-    key: CachedStates,
-    value: CachedStates,
-    allowed: Tensor | None,
-    *,
-    slopes: HeadSlopes,
-    scaling: float,
-    tolerance: float,
-) -> tuple[Tensor, Tensor]:
-    """`decode` for each key head over the tokens that it kept; arguments and results are those of `decode`."""
-    groups = query.shape[1] // len(key.parts)
-    queries = query.shape[2]
+def attend_cached(call: AttentionCall, attend: Callable[[AttentionCall], Tensor]) -> Tensor:
+    """Attention over what an `AlibiCache` holds, checked against what it has dropped.
+
+    Args:
+        call: with `CachedStates` for key and value.
+        attend: takes the call of a first step, whose keys and values are all there.
+    """
+    key: CachedStates = call.key
+    # Half for what the cache has dropped, half for what is not read of the rest.
+    call = replace(call, tolerance=call.tolerance / 2)
+    lse = seen = None
+    if key.whole is not None:
+        output = attend(replace(call, key=key.whole, value=call.value.whole))
+    else:
+        (query,) = autocast(call.query.device, call.query)
+        call = replace(call, query=query)
+        if call.mask is not None:
+            seen, added = visible_keys(call.mask, query, key)
+            if added is not None:
+                raise ValueError("AlibiCache takes masks of padding only, got an additive mask")
+        with torch.autocast(query.device.type, enabled=False):
+            output, lse = _by_key_head(call, seen)
+    with torch.autocast(call.query.device.type, enabled=False):
+        key.layer.observe(call, lse, seen)
+    return output
+
+
+def _by_key_head(call: AttentionCall, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`decode` for each key head over the tokens that it kept."""
+    query, groups, queries = call.query, call.groups, call.query.shape[2]
     outputs, lses = [], []
-    for index, (k, v, sinks) in enumerate(zip(key.parts, value.parts, key.sinks, strict=True)):
+    for index, (k, v, sinks) in enumerate(zip(call.key.parts, call.value.parts, call.key.sinks, strict=True)):
         heads = slice(index * groups, (index + 1) * groups)
-        own = replace(slopes, per_head=slopes.per_head[heads])
+        own = replace(call, slopes=replace(call.slopes, per_head=call.slopes.per_head[heads]))
         seen = None if allowed is None else _of_kept(allowed, k.shape[1], sinks)
         size = max(1, _ENTRIES // (len(query) * groups * k.shape[1]))
         parts = []
@@ -41,17 +60,8 @@ def attend_cached(
             rows = slice(first, min(first + size, queries))
             # Without a mask these queries see nothing after them; masks have a column for each token seen so far.
             end = k.shape[1] - (queries - rows.stop if allowed is None else 0)
-            parts.append(
-                decode(
-                    query[:, heads, rows],
-                    k[:, None, :end],
-                    v[:, None, :end],
-                    None if seen is None else seen[:, :, rows],
-                    slopes=own,
-                    scaling=scaling,
-                    tolerance=tolerance,
-                )
-            )
+            some = replace(own, query=query[:, heads, rows], key=k[:, None, :end], value=v[:, None, :end])
+            parts.append(decode(some, None if seen is None else seen[:, :, rows]))
         outputs.append(torch.cat([output for output, _ in parts], dim=2))
         lses.append(torch.cat([lse for _, lse in parts], dim=2))
     return torch.cat(outputs, dim=1).to(query.dtype), torch.cat(lses, dim=1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...bias import alibi_bias, causal_rows
+from ..call import AttentionCall
 from ..layer_slopes import HeadSlopes
 from .far_keys import widest_window
 
@@ -21,42 +22,30 @@ __all__ = ["decode"]
 _BLOCK = 64
 
 
-def decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    allowed: Tensor | None,
-    *,
-    slopes: HeadSlopes,
-    scaling: float,
-    tolerance: float,
-) -> tuple[Tensor, Tensor]:
-    """Attention of the last tokens over all keys.
+def decode(call: AttentionCall, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention of the last tokens over all keys, which are float32 or wider, or few.
 
     Args:
-        query: (batch, heads, queries, head_dim).
-        key, value: (batch, key-value heads, keys, head_dim); float32 or wider, or short.
-        allowed: bool (batch or 1, heads or 1, queries, keys); None where the queries are the last of the keys.
-        slopes: of `heads` heads.
-        scaling: of the logits.
-        tolerance: share of a row's weights that may be left out.
+        call: of which the mask is not read.
+        allowed: bool (batch or 1, heads or 1, queries, keys); None if the queries are the last of the keys.
 
     Returns the output (batch, heads, queries, head_dim) and the log-sum-exp of the logits (batch, heads, queries), both
     in float32 or wider.
     """
+    query, key, value, slopes = call.query, call.key, call.value, call.slopes
     wide = torch.promote_types(query.dtype, torch.float32)
     if allowed is not None:
         key, value, allowed = _visible(key, value, allowed)
     key_heads, queries, keys = key.shape[1], query.shape[2], key.shape[2]
     # The queries of a group become rows of their common key head.
-    rows = query.to(wide).unflatten(1, (key_heads, -1)).flatten(2, 3) * scaling
+    rows = query.to(wide).unflatten(1, (key_heads, -1)).flatten(2, 3) * call.scaling
     bias = _bias(slopes, allowed, queries, keys, query.device).to(wide).expand(*query.shape[:3], -1)
     bias = bias.unflatten(1, (key_heads, -1)).flatten(2, 3)
     # For few queries, keys on the left are read at the speed of memory.
     logits = bias + (key.to(wide) @ rows.mT).mT
     most = _by_block(logits)
     # The largest logit is no more than the log-sum-exp, which is not worth another pass; NaN is kept.
-    kept = ~((most - most.amax(dim=-1, keepdim=True)).amax(dim=(0, 1, 2)) <= math.log(tolerance / keys))
+    kept = ~((most - most.amax(dim=-1, keepdim=True)).amax(dim=(0, 1, 2)) <= math.log(call.tolerance / keys))
     output, lse = _read(logits, value, kept)
     shape = (query.shape[1] // key_heads, queries)
     return output.unflatten(2, shape).flatten(1, 2), lse.unflatten(2, shape).flatten(1, 2)

@@ -9,21 +9,21 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..cache import CachedStates
+from ..call import AttentionCall, autocast, resolve
 from ..eager import eager_alibi_attention
-from ..inputs import autocast, refuse_unsupported, visible_keys
-from ..layer_slopes import HeadSlopes, head_slopes
-from ..tolerance import exact_tolerance
+from ..inputs import visible_keys
 from .cached import attend_cached
 from .decoding import decode
 from .dense import dense_attention
 from .factored import factored_attention
-from .segments import Rest, Segment, segments_of
+from .segments import OtherQueries, Segment, segments_of
 from .windowed import windowed_attention
 
 __all__ = ["sdpa_alibi_attention"]
@@ -35,8 +35,8 @@ _DECODE_KEYS = 2**15
 def sdpa_alibi_attention(
     module: nn.Module,
     query: Tensor,
-    key: Tensor | CachedStates,
-    value: Tensor | CachedStates,
+    key: Any,
+    value: Any,
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -46,9 +46,7 @@ def sdpa_alibi_attention(
 
     Args:
         module: the self-attention layer; its config holds the slopes.
-        query: (batch, heads, queries, head_dim).
-        key, value: (batch, key-value heads, keys, head_dim), heads are grouped where there are fewer; or what an
-            `AlibiCache` holds.
+        query, key, value: see `AttentionCall`.
         attention_mask: see `visible_keys`; None with more keys than queries means that the keys past the queries are
             still empty (the first step with a static cache).
         scaling: of the logits; 1 / sqrt(head_dim) if None.
@@ -58,145 +56,84 @@ def sdpa_alibi_attention(
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         # No kernel of PyTorch does these.
-        output, _ = eager_alibi_attention(
-            module,
-            query,
-            cast(Tensor, key),
-            cast(Tensor, value),
-            attention_mask,
-            scaling=scaling,
-            dropout=dropout,
-            **kwargs,
-        )
+        output, _ = eager_alibi_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
         return output, None
-    refuse_unsupported("sdpa", module, kwargs)
-    slopes = head_slopes(module, query, value, query.device)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    config: Any = module.config
-    tolerance = exact_tolerance(query.dtype) if config.alibi_tolerance is None else config.alibi_tolerance
-    layer = lse = seen = None
-    if isinstance(key, CachedStates):
-        layer, states = key.layer, cast(CachedStates, value)
-        # Half for what the cache has dropped, half for what is not read of the rest.
-        tolerance = tolerance / 2
-        if key.whole is not None and states.whole is not None:
-            key, value = key.whole, states.whole
-    # The kernels' inputs would be rounded after the bias has been made part of them.
-    if isinstance(key, CachedStates):
-        (query,) = autocast(query.device, query)
-    else:
-        query, key, value = autocast(query.device, query, key, cast(Tensor, value))
-    with torch.autocast(query.device.type, enabled=False):
-        if isinstance(key, CachedStates):
-            seen = _seen_in_cache(attention_mask, query, key)
-            output, lse = attend_cached(query, key, states, seen, slopes=slopes, scaling=scaling, tolerance=tolerance)
-        else:
-            output = _attend(
-                query,
-                key,
-                cast(Tensor, value),
-                attention_mask,
-                slopes=slopes,
-                scaling=scaling,
-                dropout=dropout,
-                tolerance=tolerance,
-            )
-        if layer is not None:
-            layer.observe(query, lse, seen, slopes=slopes, scaling=scaling, default=tolerance)
+    states = (query, key, value)
+    call = resolve("sdpa", module, states, attention_mask, scaling=scaling, dropout=dropout, kwargs=kwargs)
+    output = attend_cached(call, _attend) if isinstance(key, CachedStates) else _attend(call)
     return output.transpose(1, 2).contiguous(), None
 
 
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    *,
-    slopes: HeadSlopes,
-    scaling: float,
-    dropout: float,
-    tolerance: float,
-) -> Tensor:
+def _attend(call: AttentionCall) -> Tensor:
+    """Output (batch, heads, queries, head_dim), in the types that autocast would give the inputs."""
+    query, key, value = autocast(call.query.device, call.query, call.key, call.value)
+    # Autocast would round the kernels' inputs after the bias has been made part of them.
+    with torch.autocast(query.device.type, enabled=False):
+        return _by_path(replace(call, query=query, key=key, value=value))
+
+
+def _by_path(call: AttentionCall) -> Tensor:
+    """By the first path that takes the call."""
+    query, key, value = call.query, call.key, call.value
     queries = query.shape[2]
-    if mask is None and queries > 1:
+    if call.mask is None and queries > 1:
         if key.shape[2] < queries:
             raise ValueError(f"causal attention of {queries} queries needs as many keys, got {key.shape[2]}")
         key, value = key[:, :, :queries], value[:, :, :queries]
-    if _can_skip(query, value, dropout):
+        call = replace(call, key=key, value=value)
+    if _can_skip(call):
         if queries == 1 and key.shape[2] >= _DECODE_KEYS and query.dtype.itemsize >= 4:
-            allowed, added = visible_keys(mask, query, key)
+            allowed, added = visible_keys(call.mask, query, key)
             if added is None:
-                seen = None if mask is None else allowed
-                return decode(query, key, value, seen, slopes=slopes, scaling=scaling, tolerance=tolerance)[0]
-        elif queries > 1 and slopes.dynamic is None:
-            output = _windowed(query, key, value, mask, slopes=slopes, scaling=scaling, tolerance=tolerance)
+                return decode(call, None if call.mask is None else allowed)[0]
+        elif queries > 1 and call.slopes.dynamic is None:
+            output = _windowed(call)
             if output is not None:
                 return output
-    if mask is None and queries > 1:
-        return factored_attention(query, key, value, slopes=slopes, scaling=scaling, dropout=dropout)
-    return dense_attention(query, key, value, mask, slopes=slopes, scaling=scaling, dropout=dropout)
+    return factored_attention(call) if call.mask is None and queries > 1 else dense_attention(call)
 
 
-def _can_skip(query: Tensor, value: Tensor, dropout: float) -> bool:
+def _can_skip(call: AttentionCall) -> bool:
     """Whether keys may be left out by their values: on the CPU, run and not traced, without dropout."""
     return (
-        query.device.type == "cpu"
-        and value.shape[-1] == query.shape[-1]
-        and not dropout
+        call.query.device.type == "cpu"
+        and call.value.shape[-1] == call.query.shape[-1]
+        and not call.dropout
         and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
     )
 
 
-def _windowed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    *,
-    slopes: HeadSlopes,
-    scaling: float,
-    tolerance: float,
-) -> Tensor | None:
-    """Segments of the mask by `windowed_attention` and the rest by `dense_attention`; None where there are none."""
-    rests: list[Rest] = []
-    segments = [Segment.causal(query.shape[2], key.shape[2])]
-    if mask is not None:
-        allowed, added = visible_keys(mask, query, key)
+def _windowed(call: AttentionCall) -> Tensor | None:
+    """Segments of the mask by `windowed_attention` and other queries by `dense_attention`; None without segments."""
+    others: list[OtherQueries] = []
+    segments = [Segment.causal(call.query.shape[2], call.key.shape[2])]
+    if call.mask is not None:
+        allowed, added = visible_keys(call.mask, call.query, call.key)
         found = segments_of(allowed) if added is None else None
         if found is None:
             return None
-        segments, rests = found
+        segments, others = found
     output = windowed_attention(
-        query,
-        key,
-        value,
-        slopes.per_head,
-        scaling,
+        call.query,
+        call.key,
+        call.value,
+        call.slopes.per_head,
+        call.scaling,
         segments=segments,
-        tolerance=tolerance,
-        sink_tokens=slopes.sink_tokens,
+        tolerance=call.tolerance,
+        sink_tokens=call.slopes.sink_tokens,
     )
     # What the backward pass needs of it must stay as it is.
-    output = output.clone() if rests else output
-    for rest in rests:
-        output[rest.batch, :, rest.queries] = dense_attention(
-            query[rest.batch, :, rest.queries],
-            key[rest.batch],
-            value[rest.batch],
-            allowed[rest.batch, :, rest.queries],
-            slopes=slopes,
-            scaling=scaling,
-            dropout=0.0,
+    output = output.clone() if others else output
+    for other in others:
+        output[other.batch, :, other.queries] = dense_attention(
+            replace(
+                call,
+                query=call.query[other.batch, :, other.queries],
+                key=call.key[other.batch],
+                value=call.value[other.batch],
+                mask=allowed[other.batch, :, other.queries],
+            )
         )
     return output
-
-
-def _seen_in_cache(mask: Tensor | None, query: Tensor, key: CachedStates) -> Tensor | None:
-    """Which of all tokens so far each query may see, None for all before it."""
-    if mask is None:
-        return None
-    seen, added = visible_keys(mask, query, key)
-    if added is not None:
-        raise ValueError("AlibiCache takes masks of padding only, got an additive mask")
-    return seen

@@ -6,6 +6,7 @@ The product of what is appended is slope × key position. Softmax ignores a cons
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ...bias import causal_rows
-from ..layer_slopes import HeadSlopes
+from ..call import AttentionCall
 from ..query_blocks import dense_rows, in_blocks
 
 __all__ = ["factored_attention"]
@@ -27,19 +28,17 @@ _CAUSAL_ROWS = 256
 _FLASH_WIDTH = 240
 
 
-def factored_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, slopes: HeadSlopes, scaling: float, dropout: float
-) -> Tensor:
-    """Causal attention of queries (batch, heads, queries, head_dim) with as many keys; returns the same shape."""
+def factored_attention(call: AttentionCall) -> Tensor:
+    """Causal attention of queries with as many keys; returns (batch, heads, queries, head_dim)."""
+    query = call.query
     rows = _CAUSAL_ROWS if query.shape[2] > _SINGLE_CALL else query.shape[2]
-    if dropout and query.device.type != "cuda":
+    if call.dropout and query.device.type != "cuda":
         # Only CUDA has fused kernels with dropout; elsewhere the matrix of weights is built, and must fit.
-        rows = min(rows, dense_rows(query, key))
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1 and not _kernel_shares_keys(query, masked=rows < query.shape[2]):
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    attend = partial(_block, key=key, value=value, slopes=slopes, scaling=scaling, dropout=dropout)
-    return in_blocks(attend, query, rows, keep_rng=dropout > 0)
+        rows = min(rows, dense_rows(query, call.key))
+    if call.groups > 1 and not _kernel_shares_keys(query, masked=rows < query.shape[2]):
+        key, value = (x.repeat_interleave(call.groups, dim=1) for x in (call.key, call.value))
+        call = replace(call, key=key, value=value)
+    return in_blocks(partial(_block, call), query, rows, keep_rng=call.dropout > 0)
 
 
 def _kernel_shares_keys(query: Tensor, *, masked: bool) -> bool:
@@ -51,24 +50,16 @@ def _kernel_shares_keys(query: Tensor, *, masked: bool) -> bool:
     return query.device.type == "cpu" or (query.dtype.itemsize == 2 and not masked and query.shape[-1] <= _FLASH_WIDTH)
 
 
-def _block(
-    query: Tensor,
-    first: int,
-    *,
-    key: Tensor,
-    value: Tensor,
-    slopes: HeadSlopes,
-    scaling: float,
-    dropout: float,
-) -> Tensor:
+def _block(call: AttentionCall, query: Tensor, first: int) -> Tensor:
     """Queries `first`, `first` + 1, … over the keys up to the last of them, by the plain kernel."""
-    rows = query.shape[2]
+    rows, device = query.shape[2], query.device
     end = first + rows
-    key, value = key[:, :, :end], value[:, :, :end]
-    device = query.device
+    key, value, slopes = call.key[:, :, :end], call.value[:, :, :end], call.slopes
     positions = torch.arange(end, device=device) - (first + end) // 2
     wide = torch.promote_types(query.dtype, torch.float32)
-    weights = slopes.for_queries(lambda: torch.arange(first + 1, end + 1, device=device)[None, None]).to(wide) / scaling
+    weights = (
+        slopes.for_queries(lambda: torch.arange(first + 1, end + 1, device=device)[None, None]).to(wide) / call.scaling
+    )
     left, right = _bias_factors(weights, positions[first:], positions, query.dtype, slopes.sink_tokens)
     extra = left.shape[-1]
     # Kernels on accelerators want widths that are multiples of 8.
@@ -84,9 +75,9 @@ def _block(
         pad(value, (0, extra + spare)),
         attn_mask=causal_rows(first, rows, end, device) if first else None,
         is_causal=first == 0,
-        dropout_p=dropout,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        dropout_p=call.dropout,
+        scale=call.scaling,
+        enable_gqa=call.groups != 1,
     )
     return output[..., : value.shape[-1]]
 

@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..inputs import visible_range
 
-__all__ = ["Rest", "Segment", "segments_of"]
+__all__ = ["OtherQueries", "Segment", "segments_of"]
 
 # Entries of the mask that are looked at together.
 _ENTRIES = 2**24
@@ -51,7 +51,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Rest:
+class OtherQueries:
     """Queries that see something else, such as right padding."""
 
     batch: slice
@@ -62,7 +62,7 @@ class Rest:
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def segments_of(allowed: Tensor) -> tuple[list[Segment], list[Rest]] | None:
+def segments_of(allowed: Tensor) -> tuple[list[Segment], list[OtherQueries]] | None:
     """Segments of a mask, and the queries that are in none but see something; None where segments would not pay.
 
     Args:
@@ -76,13 +76,13 @@ def segments_of(allowed: Tensor) -> tuple[list[Segment], list[Rest]] | None:
         return _find(allowed[:, 0])
     if allowed not in _known or _known[allowed][0] != allowed._version:
         _known[allowed] = allowed._version, _find(allowed[:, 0])
-    found: tuple[list[Segment], list[Rest]] | None = _known[allowed][1]
+    found: tuple[list[Segment], list[OtherQueries]] | None = _known[allowed][1]
     return found
 
 
-def _find(allowed: Tensor) -> tuple[list[Segment], list[Rest]] | None:
+def _find(allowed: Tensor) -> tuple[list[Segment], list[OtherQueries]] | None:
     segments: list[Segment] = []
-    rests: list[Rest] = []
+    others: list[OtherQueries] = []
     queries = allowed.shape[1]
     for index, rows in enumerate(allowed):
         # A single mask is that of all sequences.
@@ -103,9 +103,9 @@ def _find(allowed: Tensor) -> tuple[list[Segment], list[Rest]] | None:
                 keys = slice(int(first[begin]), int(last[begin + count - 1]) + 1)
                 segments.append(Segment(batch, run, keys))
             elif kind[begin]:
-                if rests and rests[-1].batch == batch and rests[-1].queries.stop == begin:
-                    rests[-1] = Rest(batch, slice(rests[-1].queries.start, begin + count))
+                if others and others[-1].batch == batch and others[-1].queries.stop == begin:
+                    others[-1] = OtherQueries(batch, slice(others[-1].queries.start, begin + count))
                 else:
-                    rests.append(Rest(batch, run))
+                    others.append(OtherQueries(batch, run))
             begin += count
-    return (segments, rests) if segments else None
+    return (segments, others) if segments else None

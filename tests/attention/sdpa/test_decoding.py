@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import hf_alibi
 from helpers import reference
 from helpers.attention import expected, largest, layer, qkv, run
+from hf_alibi.attention.call import AttentionCall
 from hf_alibi.attention.layer_slopes import HeadSlopes
 from hf_alibi.attention.sdpa import decoding
 from hf_alibi.attention.sdpa import dispatch as sdpa_backend
@@ -20,7 +21,7 @@ from hf_alibi.attention.tolerance import exact_tolerance
 def decoded(query, key, value, allowed=None, slopes=None, tolerance=None):
     slopes = HeadSlopes(hf_alibi.alibi_slopes(query.shape[1]) if slopes is None else slopes)
     tolerance = exact_tolerance(query.dtype) if tolerance is None else tolerance
-    return decode(query, key, value, allowed, slopes=slopes, scaling=query.shape[-1] ** -0.5, tolerance=tolerance)
+    return decode(AttentionCall(query, key, value, None, slopes, query.shape[-1] ** -0.5, tolerance), allowed)
 
 
 @pytest.fixture

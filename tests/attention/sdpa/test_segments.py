@@ -13,7 +13,7 @@ from helpers.masks import packed, padded, triangle, without
 from helpers.reference import slopes as alibi_slopes
 from hf_alibi.attention.sdpa import segments as segments_module
 from hf_alibi.attention.sdpa.reads import record_reads
-from hf_alibi.attention.sdpa.segments import Rest, Segment, segments_of
+from hf_alibi.attention.sdpa.segments import OtherQueries, Segment, segments_of
 
 EXACT = 5e-6
 
@@ -60,7 +60,7 @@ def test_padding():
     segments, rests = segments_in(padded(300, left=70), padded(300, right=90), padded(300, left=40, right=50))
     assert segments == [whole(0, 70, 300), whole(1, 0, 210), whole(2, 40, 250)]
     # Right padding sees the tokens before it.
-    assert rests == [Rest(slice(1, 2), slice(210, 300)), Rest(slice(2, 3), slice(250, 300))]
+    assert rests == [OtherQueries(slice(1, 2), slice(210, 300)), OtherQueries(slice(2, 3), slice(250, 300))]
 
 
 def test_padding_queries_that_see_nothing_are_nowhere():
@@ -72,19 +72,19 @@ def test_padding_queries_that_see_nothing_are_nowhere():
 def test_packed_documents_of_which_some_are_short():
     segments, rests = segments_in(packed(200, 20, 30, 150), packed(128, 272))
     assert segments == [whole(0, 0, 200), whole(0, 250, 400), whole(1, 0, 128), whole(1, 128, 400)]
-    assert rests == [Rest(slice(0, 1), slice(200, 250))]
+    assert rests == [OtherQueries(slice(0, 1), slice(200, 250))]
 
 
 def test_holes():
     """What comes before a hole is a segment; what sees across it is not."""
     assert segments_in(without(triangle(300), 150, 151)) == (
         [whole(None, 0, 150)],
-        [Rest(slice(None), slice(150, 300))],
+        [OtherQueries(slice(None), slice(150, 300))],
     )
     # Queries in a hole see a run of keys, but not up to their own.
     assert segments_in(without(triangle(300), *range(150, 160))) == (
         [whole(None, 0, 150)],
-        [Rest(slice(None), slice(150, 300))],
+        [OtherQueries(slice(None), slice(150, 300))],
     )
 
 
@@ -100,7 +100,7 @@ def test_a_chunk_after_a_static_cache_that_is_not_full():
 
 
 def test_sliding_windows_have_a_segment_only_where_they_begin():
-    assert segments_in(sliding(400, 200)) == ([whole(None, 0, 200)], [Rest(slice(None), slice(200, 400))])
+    assert segments_in(sliding(400, 200)) == ([whole(None, 0, 200)], [OtherQueries(slice(None), slice(200, 400))])
     assert segments_of(sliding(400, 100)[None, None]) is None
 
 
