@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 from ..model.anatomy import is_alibi, self_attentions, text_decoder
 from ..utils import evaluation_mode, progress_bar
 
-__all__ = ["LayerFit", "check_distillation", "distill_layers"]
+__all__ = ["FitSettings", "LayerFit", "check_distillation", "distill_layers"]
 
 # One block of so many is not fitted to and tells how good the fit is.
 _HELD_OUT = 16
@@ -33,6 +34,22 @@ class LayerFit(NamedTuple):
 
     before: float
     after: float
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How each layer is fitted."""
+
+    epochs: int
+    """How often each block is seen."""
+    learning_rate: float
+    """Of AdamW, the highest of a cosine schedule."""
+    batch_size: int
+    """Blocks a step."""
+    bf16: bool = False
+    """Compute in bfloat16 by autocast; the weights keep their type."""
+    seed: int = 0
+    """Of the order of blocks."""
 
 
 def check_distillation(model: PreTrainedModel, input_ids: Tensor, *, batch_size: int) -> None:
@@ -55,12 +72,8 @@ def distill_layers(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
     input_ids: Tensor,
+    settings: FitSettings,
     *,
-    epochs: int,
-    learning_rate: float,
-    batch_size: int,
-    bf16: bool = False,
-    seed: int = 0,
     progress: bool = False,
 ) -> list[LayerFit]:
     """Fit the attention of each layer of the converted `model` to the unconverted `teacher`, in place.
@@ -69,16 +82,13 @@ def distill_layers(
         model: after `apply_alibi`.
         teacher: a copy of it from before.
         input_ids: (blocks, tokens); blocks that do not fill a batch are left out.
-        epochs: how often each block is seen.
-        learning_rate: of AdamW, the highest of a cosine schedule.
-        batch_size: blocks a step.
-        bf16: compute in bfloat16 by autocast; the weights keep their type.
-        seed: of the order of blocks.
+        settings: of each fit.
         progress: show a bar.
 
     Hidden states of all `input_ids` are kept twice, on the CPU. Returns the error of each layer with attention, before
     and after. Raises ValueError where `check_distillation` does.
     """
+    batch_size, bf16 = settings.batch_size, settings.bf16
     _check_given(teacher, input_ids, batch_size)
     input_ids = input_ids[: len(input_ids) // batch_size * batch_size]
     fits = []
@@ -90,8 +100,7 @@ def distill_layers(
                 of_teacher.advance(targets)
                 parameters = _attention_parameters(model, call.layer)
                 if parameters:
-                    generator = torch.Generator().manual_seed(seed)
-                    fits.append(_fit(call, parameters, states, targets, epochs, learning_rate, generator))
+                    fits.append(_fit(call, parameters, states, targets, settings))
                 call.advance(states)
                 advance(1)
     return fits
@@ -128,12 +137,11 @@ def _fit(
     parameters: list[nn.Parameter],
     states: Tensor,
     targets: Tensor,
-    epochs: int,
-    learning_rate: float,
-    generator: torch.Generator,
+    settings: FitSettings,
 ) -> LayerFit:
     """Fit `parameters` of a layer, so that it turns `states` into `targets`, both (blocks, tokens, width)."""
-    batch_size = call.batch_size
+    batch_size, epochs = settings.batch_size, settings.epochs
+    generator = torch.Generator().manual_seed(settings.seed)
     held_out = max(batch_size, len(states) // _HELD_OUT // batch_size * batch_size)
     fitted = len(states) - held_out
     deviation = _deviation(targets[:fitted], batch_size)
@@ -149,7 +157,7 @@ def _fit(
         return torch.stack([error(part) for part in blocks]).mean().item()
 
     steps = epochs * (fitted // batch_size)
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(_WARMUP_STEPS, steps // 2), steps)
     before = held_out_error()
     for _ in range(epochs):

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..model.anatomy import position_limit
 from ..model.patching import apply_alibi, checked_config
-from .distillation import check_distillation, distill_layers
+from .distillation import FitSettings, check_distillation, distill_layers
 from .matching import match_heads
 from .settings import ConversionArguments
 
@@ -53,17 +53,8 @@ def convert_model(
         done["head_order"] = match_heads(model, matched.to(model.device))
     apply_alibi(model, sink_tokens=recipe.sink_tokens)
     if teacher is not None:
-        fits = distill_layers(
-            model,
-            teacher,
-            distilled,
-            epochs=recipe.distill_epochs,
-            learning_rate=recipe.distill_learning_rate,
-            batch_size=batch_size,
-            bf16=bf16,
-            seed=seed,
-            progress=progress,
-        )
+        settings = FitSettings(recipe.distill_epochs, recipe.distill_learning_rate, batch_size, bf16, seed)
+        fits = distill_layers(model, teacher, distilled, settings, progress=progress)
         done["layer_error"] = [fit._asdict() for fit in fits]
     return done
 

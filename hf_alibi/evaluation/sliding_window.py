@@ -43,8 +43,6 @@ def _attend(
     attention_mask: Tensor | None,
     *,
     window: int,
-    scaling: float | None = None,
-    dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """As transformers' attention functions: query (batch, heads, length, dim), key and value with grouped heads.
@@ -64,7 +62,7 @@ def _attend(
             f"attention over the last {window} tokens was given {', '.join(given)}; it knows whole sequences of plain "
             "causal attention only, so leave this baseline out for this model"
         )
-    groups = query.shape[1] // key.shape[1]
+    groups, dropout = query.shape[1] // key.shape[1], options.get("dropout", 0.0)
 
     def attend(rows: Tensor, first: int) -> Tensor:
         end = first + rows.shape[2]
@@ -77,7 +75,7 @@ def _attend(
             repeat_kv(value[:, :, near], groups),
             attn_mask=(distance >= 0) & (distance < window),
             dropout_p=dropout,
-            scale=scaling,
+            scale=options.get("scaling"),
         )
 
     return in_blocks(attend, query, _ROWS, keep_rng=dropout > 0).transpose(1, 2).contiguous(), None

@@ -25,6 +25,7 @@ from hf_alibi.commands.convert import _CLASSES, convert, cost, run
 from hf_alibi.commands.fields import read_yaml
 from hf_alibi.commands.finetune import finetune, train
 from hf_alibi.commands.settings import make_settings
+from hf_alibi.conversion.distillation import FitSettings
 from hf_alibi.conversion.settings import ConversionArguments
 from hf_alibi.errors import InputError
 from hf_alibi.training.data import load_tokenizer, load_tokens
@@ -141,12 +142,11 @@ def test_the_recipe_is_seen_in_the_weights():
 
 
 def test_distillation_is_what_was_asked_for(monkeypatch):
-    seen = {}
-    monkeypatch.setattr("hf_alibi.conversion.recipe.distill_layers", lambda *args, **kwargs: seen.update(kwargs) or [])
+    seen = []
+    monkeypatch.setattr("hf_alibi.conversion.recipe.distill_layers", lambda *args, **kwargs: seen.append(args[3]) or [])
     asked = {"distill_epochs": 3, "distill_learning_rate": 2e-3, "distill_batch_size": 2}
     finetune(write(**{**RECIPE, **asked}, seed=7, bf16=True))
-    assert {f"distill_{name}": seen[name] for name in ("epochs", "learning_rate", "batch_size")} == asked
-    assert (seen["seed"], seen["bf16"]) == (7, True)
+    assert seen == [FitSettings(epochs=3, learning_rate=2e-3, batch_size=2, bf16=True, seed=7)]
 
 
 def test_learned_positions_are_read_within_their_table():

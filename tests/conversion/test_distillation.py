@@ -8,7 +8,7 @@ import torch
 import hf_alibi
 from helpers.models import stock_model, tokens
 from helpers.tiny_models import stock_tiny
-from hf_alibi.conversion.distillation import check_distillation, distill_layers
+from hf_alibi.conversion.distillation import FitSettings, check_distillation, distill_layers
 from hf_alibi.model.anatomy import self_attentions
 
 FIT = {"epochs": 4, "learning_rate": 5e-3, "batch_size": 4}
@@ -57,7 +57,7 @@ def test_each_layer_comes_nearer_to_what_it_was_and_only_attention_changes(famil
     model, teacher = pair(stock_model(family, 4))
     untouched = reference_error(model, teacher, input_ids, 1)
     before, of_teacher = copy.deepcopy(model.state_dict()), copy.deepcopy(teacher.state_dict())
-    fits = distill_layers(model, teacher, input_ids, **FIT)
+    fits = distill_layers(model, teacher, input_ids, FitSettings(**FIT))
     assert len(fits) == 2
     assert fits[0].after < 0.7 * fits[0].before
     assert fits[1].after < fits[1].before < untouched
@@ -74,7 +74,7 @@ def test_the_errors_are_those_of_the_whole_models_on_blocks_not_fitted_to(family
     """The layers before are fitted already when a layer is: the last error is that of the finished model."""
     model, teacher = pair(stock_model(family, 4), sink_tokens=sink_tokens)
     first = reference_error(model, teacher, input_ids, 0)
-    fits = distill_layers(model, teacher, input_ids, **FIT)
+    fits = distill_layers(model, teacher, input_ids, FitSettings(**FIT))
     assert fits[0].before == pytest.approx(first, rel=1e-3)
     for layer, fit in enumerate(fits):
         assert fit.after == pytest.approx(reference_error(model, teacher, input_ids, layer), rel=1e-3)
@@ -85,7 +85,7 @@ def test_a_model_that_is_already_right_has_no_error(input_ids):
     stock = stock_model("llama", 4)
     stock.model.rotary_emb.inv_freq.zero_()
     model, teacher = pair(stock, slopes=[0.0] * 4)
-    fits = distill_layers(model, teacher, input_ids, epochs=1, learning_rate=1e-9, batch_size=4)
+    fits = distill_layers(model, teacher, input_ids, FitSettings(epochs=1, learning_rate=1e-9, batch_size=4))
     assert all(fit.before < 1e-9 for fit in fits)
 
 
@@ -93,7 +93,7 @@ def test_the_same_seed_gives_the_same_weights(input_ids):
     weights = []
     for seed in (0, 0, 1):
         model, teacher = pair(stock_model("llama", 4))
-        distill_layers(model, teacher, input_ids, **{**FIT, "epochs": 1}, seed=seed)
+        distill_layers(model, teacher, input_ids, FitSettings(**{**FIT, "epochs": 1}, seed=seed))
         weights.append(model.model.layers[0].self_attn.q_proj.weight.detach())
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -102,7 +102,7 @@ def test_the_same_seed_gives_the_same_weights(input_ids):
 @pytest.mark.parametrize("model_type", ["qwen3", "mistral", "gemma2", "gpt_neox", "phi3", "olmo2", "opt", "lfm2"])
 def test_other_families(model_type, input_ids):
     model, teacher = pair(stock_tiny(model_type))
-    fits = distill_layers(model, teacher, input_ids, **FIT)
+    fits = distill_layers(model, teacher, input_ids, FitSettings(**FIT))
     assert all(fit.after < fit.before for fit in fits)
     assert len(fits) == len(list(self_attentions(model)))
     hf_alibi.verify_alibi(model)
@@ -110,9 +110,9 @@ def test_other_families(model_type, input_ids):
 
 def test_half_precision_keeps_the_type_of_the_weights(input_ids):
     model, teacher = pair(stock_model("llama", 4))
-    fits = distill_layers(model, teacher, input_ids, **FIT, bf16=True)
+    fits = distill_layers(model, teacher, input_ids, FitSettings(**FIT, bf16=True))
     assert all(fit.after < fit.before for fit in fits)
-    in_float32 = distill_layers(*pair(stock_model("llama", 4)), input_ids, **FIT)
+    in_float32 = distill_layers(*pair(stock_model("llama", 4)), input_ids, FitSettings(**FIT))
     assert 0 < abs(fits[0].before - in_float32[0].before) < 0.01
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
@@ -121,7 +121,7 @@ def test_frozen_weights_stay(input_ids):
     model, teacher = pair(stock_model("llama", 4))
     frozen = model.model.layers[0].self_attn.k_proj.weight.requires_grad_(False)
     before = frozen.clone()
-    distill_layers(model, teacher, input_ids, **{**FIT, "epochs": 1})
+    distill_layers(model, teacher, input_ids, FitSettings(**{**FIT, "epochs": 1}))
     assert torch.equal(frozen, before)
 
 
@@ -130,7 +130,7 @@ def test_held_out_blocks_are_not_learned_from(input_ids):
     for seed in (2, 3):
         text = torch.cat([input_ids[FITTED], tokens(8, 24, seed=seed)])
         model, teacher = pair(stock_model("llama", 4))
-        distill_layers(model, teacher, text, **{**FIT, "epochs": 1})
+        distill_layers(model, teacher, text, FitSettings(**{**FIT, "epochs": 1}))
         weights.append(model.model.layers[0].self_attn.q_proj.weight.detach())
     assert torch.equal(*weights)
 
@@ -139,7 +139,7 @@ def test_blocks_that_do_not_fill_a_batch_are_left_out(input_ids):
     weights = []
     for blocks in (20, 23):
         model, teacher = pair(stock_model("llama", 4))
-        distill_layers(model, teacher, input_ids[:blocks], **{**FIT, "epochs": 1})
+        distill_layers(model, teacher, input_ids[:blocks], FitSettings(**{**FIT, "epochs": 1}))
         weights.append(model.model.layers[0].self_attn.q_proj.weight.detach())
     assert torch.equal(*weights)
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from hf_alibi.attention.sdpa import far_keys, windowed
+from hf_alibi.attention.sdpa import far_keys, parts, windowed
 from hf_alibi.attention.sdpa.reads import report_reads
 from hf_alibi.attention.sdpa.segments import Segment
 from hf_alibi.attention.sdpa.windowed import windowed_attention
@@ -26,10 +26,10 @@ def small_blocks(block_min=4, block_max=16, nats=8.0, flat=1.0, group=16, thread
     """Inside, gives what windowed attention says of each segment that it works on."""
     reports = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(windowed, "_BLOCK_MIN", block_min)
-        patch.setattr(windowed, "_BLOCK_MAX", block_max)
-        patch.setattr(windowed, "_BLOCK_NATS", nats)
-        patch.setattr(windowed, "_FLAT_NATS", flat)
+        patch.setattr(parts, "_BLOCK_MIN", block_min)
+        patch.setattr(parts, "_BLOCK_MAX", block_max)
+        patch.setattr(parts, "_BLOCK_NATS", nats)
+        patch.setattr(parts, "_FLAT_NATS", flat)
         patch.setattr(far_keys, "_GROUP", group)
         patch.setattr(windowed, "report_reads", lambda **report: [reports.append(report), report_reads(**report)])
         patch.setattr(windowed, "recording", lambda: True)

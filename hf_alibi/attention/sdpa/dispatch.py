@@ -19,6 +19,7 @@ from ..cache import CachedStates
 from ..call import AttentionCall, autocast, resolve
 from ..eager import eager_alibi_attention
 from ..inputs import visible_keys
+from . import cpu_kernel
 from .cached import attend_cached
 from .decoding import decode
 from .dense import dense_attention
@@ -99,6 +100,7 @@ def _can_skip(call: AttentionCall) -> bool:
         call.query.device.type == "cpu"
         and call.value.shape[-1] == call.query.shape[-1]
         and not call.dropout
+        and cpu_kernel.is_available()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
     )

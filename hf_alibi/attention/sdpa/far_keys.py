@@ -4,6 +4,9 @@ A head has read its near keys and knows the log-sum-exp of their logits. A key a
 exp(bound of its logit - slope × d - log-sum-exp) of the row. Far keys are taken in blocks, and blocks are left out as
 long as the bounds of all that is left out add up to less than the tolerance. The bound comes from the data of this
 very call, so it holds for any weights; what cannot be compared (NaN) is read.
+
+Source of the bounds: |q·k - q·c| <= |q| r for every key of a block with centroid c and radius r (Cauchy-Schwarz). For
+all keys further than d, slope × d outgrows |q| |k|, and a geometric series bounds their sum.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -90,17 +94,11 @@ def kept_blocks(
     """What one head must read beyond its near keys, which start `block` keys before each block of queries.
 
     Args:
-        query: (batch, queries, head_dim); queries are the last tokens of the keys.
-        key: (batch, keys, head_dim).
+        query, key: (batch, queries or keys, head_dim); queries are the last tokens of the keys.
         norms: of the queries, (batch, queries), and of the keys, (keys,) the largest in the batch; float32.
         lse: (batch, queries), log-sum-exp of the near logits with their bias, nats.
-        slope: logits per token of distance.
-        scaling: of the logits.
-        block: queries, and keys, a block.
+        slope, scaling, block: logits per token of distance; of the logits; queries, and keys, a block.
         tolerance: share of a row's weights that everything left out may have together.
-
-    Source: |q·k - q·c| <= |q| r for every key of a block with centroid c and radius r (Cauchy-Schwarz). For all keys
-    further than d, slope × d outgrows |q| |k|, and a geometric series bounds their sum.
     """
     slope = max(slope, 1e-30)
     queries, keys = query.shape[1], key.shape[1]
@@ -110,7 +108,7 @@ def kept_blocks(
     last_far = offset + (count - 2) * block
     if last_far <= 0:
         return
-    # Of keys that are far to some query: what is read must not depend on the last tokens, which no other may see.
+    # Of far keys only: what is read must not depend on the last tokens, which no earlier query may see.
     query_norm, key_norm = norms[0] * abs(scaling), float(norms[1][:last_far].max())
     largest = key_norm * float(query_norm.max())
     slack = 1e-3 + 1e-5 * largest
@@ -124,15 +122,12 @@ def kept_blocks(
     # A query that is not the first of its block is that much further from every far key.
     rest = lse.float() + slope * (torch.arange(queries) % block)
     peak = query_norm * key_norm - rest
-    reach = ((_by_block(peak, block).amax(dim=(0, 2)) + beyond) / slope / block).nan_to_num(nan=math.inf)
-    ruled_out = (far - (reach - 1).ceil().clamp(min=0, max=count + keys).long()).clamp(min=0)
-    ends = [*range(0, queries // block, max(1, _GROUP // block)), queries // block]
-    groups = [(first, end) for first, end in zip(ends, [*ends[1:], count], strict=True) if first < end]
-    groups = [(first, end) for first, end in groups if bool((ruled_out[first:end] < far[first:end]).any())]
+    distance = ((_by_block(peak, block).amax(dim=(0, 2)) + beyond) / slope / block).nan_to_num(nan=math.inf)
+    ruled_out = (far - (distance - 1).ceil().clamp(min=0, max=count + keys).long()).clamp(min=0)
+    groups = _groups(queries, block, ruled_out < far)
     if not groups:
         return
-    key = key[:, :last_far]
-    centroid, radius, last = _summaries(key.float(), short, block)
+    centroid, radius, last = _summaries(key[:, :last_far].float(), short, block)
     left = torch.cat([query.float() * scaling, query_norm[..., None], -rest[..., None]], dim=-1)
     right = torch.cat([centroid, radius[..., None], torch.ones_like(radius)[..., None]], dim=-1)
     for first, end in groups:
@@ -145,6 +140,16 @@ def kept_blocks(
         is_far = torch.arange(start, stop) < far[first:end, None]
         out = left_out(share.masked_fill(~is_far, math.inf), (1 - _TAIL_SHARE) * tolerance)
         yield Kept(first, start, is_far & ~out, far[first:end])
+
+
+def _groups(queries: int, block: int, open_: Tensor) -> list[tuple[int, int]]:
+    """First and end of the blocks of queries that share a window and of which some are `open_`, bool (query blocks,).
+
+    A last block that is not full is alone.
+    """
+    ends = [*range(0, queries // block, max(1, _GROUP // block)), queries // block]
+    pairs = pairwise([*ends, -(-queries // block)])
+    return [(first, end) for first, end in pairs if first < end and bool(open_[first:end].any())]
 
 
 def far_spans(groups: Iterable[Kept], queries: int, keys: int, block: int) -> list[Span]:

@@ -12,7 +12,7 @@ from helpers import reference
 from helpers.attention import LargestTensor, expected, largest, qkv, root_mean_square, upstream_of, with_gradients
 from helpers.windows import attend, causal_distance, is_near, pairs_of, small_blocks
 from hf_alibi.attention.sdpa import far_keys as reach
-from hf_alibi.attention.sdpa import windowed
+from hf_alibi.attention.sdpa import parts
 from hf_alibi.attention.sdpa.reads import record_reads
 from hf_alibi.attention.tolerance import exact_tolerance
 
@@ -198,7 +198,7 @@ def test_upstream_gradients_that_are_expanded():
 
 
 def test_bias_cached_in_inference_mode_can_train_later():
-    windowed._near_distances.cache_clear()
+    parts._near_distances.cache_clear()
     inputs = qkv(1, 4, 2, 300, 300, 8)
     with torch.inference_mode():
         attend(*inputs, MIXED)
@@ -486,7 +486,7 @@ def test_a_looser_tolerance_reads_less_and_errs_more_but_within_it():
 
 def test_memory_grows_linearly_forward_and_backward(monkeypatch):
     """No operation makes more than a few times the queries, near the diagonal or for keys far away."""
-    monkeypatch.setattr(windowed, "_BLOCK_MAX", 64)
+    monkeypatch.setattr(parts, "_BLOCK_MAX", 64)
     monkeypatch.setattr(reach, "_GROUP", 256)
     heads, width = 4, 8
     for length in (1024, 4096):
@@ -547,7 +547,7 @@ def test_the_future_is_not_seen_in_any_data(data, size, tolerance, large):
         key[:, :, -1] = large * (key[:, :, -1] + 1)
         value[:, :, -1] += 1
         after = attend(query, key, value, slopes, tolerance)
-        blocks = {head: windowed._block_size(slopes[head]) for head in reports[0]["spans"]}
+        blocks = {head: parts.block_size(slopes[head]) for head in reports[0]["spans"]}
     for head in range(len(slopes)):
         queries = query.shape[2]
         apart = reads_apart(queries, blocks[head], size["group"]) if head in blocks else queries - 1
