@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The whole path in a few minutes on two cores, with nothing downloaded but packages:
 #   bash scripts/demo.sh
-# pretrains a small GPT-2 with learned positions, converts it to ALiBi, fine-tunes the conversion and two controls on
-# 256 tokens (unconverted; without any positions), and compares them at up to 4096 tokens.
+# pretrains a small LLaMA-style model on 256 tokens, converts it to ALiBi by the recipe, trains the original on as many
+# tokens, compares both at up to 4096 tokens, and lets both continue a text longer than the original can read.
 #   bash scripts/demo.sh --model PATH [--steps N]
 # does the same from a pretrained checkpoint, GPT-2 or LLaMA-style.
 #   --output_dir DIR   where the results go (default runs/demo)
@@ -33,25 +33,19 @@ if [ -e "$output_dir" ]; then
     exit 1
 fi
 
-finetune=() extrapolate=()
+convert=()
 if [ -n "$model" ]; then
-    # A real model takes seconds a step on a CPU: fewer steps, and fewer tokens scored.
-    finetune=(--max_steps "${steps:-20}" --warmup_steps 5 --per_device_train_batch_size 4 --learning_rate 5e-4)
-    finetune+=(--eval_strategy no)
-    extrapolate=(--scored_tokens 4096)
+    # A real model takes seconds a step on a CPU: fewer steps, no distillation, fewer tokens scored.
+    convert=(--max_steps "${steps:-20}" --warmup_steps 5 --per_device_train_batch_size 4 --learning_rate 5e-4)
+    convert+=(--control_learning_rate 2e-4 --match_tokens 2048 --distill_tokens 0 --scored_tokens 4096 --baselines null)
 else
     model=$output_dir/pretrained
-    echo "== 1. Pretraining with learned positions"
-    hf-alibi finetune configs/finetune/demo-pretrain.yaml --output_dir "$model"
-    [ -z "$steps" ] || finetune=(--max_steps "$steps")
+    echo "== 1. Pretraining with rotary positions on 256 tokens"
+    hf-alibi finetune configs/finetune/demo.yaml --output_dir "$model"
+    [ -z "$steps" ] || convert=(--max_steps "$steps")
 fi
-for attention in alibi original nope; do
-    echo "== 2. Fine-tuning on 256 tokens: $attention"
-    hf-alibi finetune configs/finetune/demo.yaml --model_name_or_path "$model" --attention "$attention" \
-        --output_dir "$output_dir/$attention" ${finetune[@]+"${finetune[@]}"}
-done
-echo "== 3. Comparing at 1 to 16 times the training length"
-models=$(printf '{"alibi": "%s/alibi", "original": "%s/original", "nope": "%s/nope"}' \
-    "$output_dir" "$output_dir" "$output_dir")
-hf-alibi extrapolate configs/extrapolate/demo.yaml --models "$models" --output_dir "$output_dir/extrapolation" \
-    ${extrapolate[@]+"${extrapolate[@]}"}
+echo "== 2. Converting to ALiBi, training the original on as many tokens, comparing at 1 to 16 times the length"
+hf-alibi convert configs/convert/demo.yaml --model_name_or_path "$model" --output_dir "$output_dir/alibi" \
+    ${convert[@]+"${convert[@]}"}
+echo "== 3. The same text continued by both"
+python scripts/continue_text.py "$output_dir/alibi" "$output_dir/alibi/control"

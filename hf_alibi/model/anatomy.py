@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration import text_config
+from .compat import asks_for_a_backend
 from .own_attention import is_own_attention
 from .positions import NoPositions, NoRotation
 
@@ -65,14 +64,7 @@ def _is_self_attention(module: nn.Module) -> bool:
     name = type(module).__name__
     other = getattr(module, "is_cross_attention", False) or any(kind in name for kind in _OTHER_ATTENTION)
     causal = getattr(module, "is_causal", True) is not False
-    return causal and not other and (is_own_attention(module) or _asks_for_a_backend(type(module).forward))
-
-
-@cache
-def _asks_for_a_backend(forward: Callable[..., Any]) -> bool:
-    """Whether a forward looks its attention function up in transformers' interface, by the name in its config."""
-    code = getattr(inspect.unwrap(forward), "__code__", None)
-    return "get_interface" in getattr(code, "co_names", ())
+    return causal and not other and (is_own_attention(module) or asks_for_a_backend(type(module).forward))
 
 
 def position_modules(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.Module]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -58,28 +58,26 @@ class _AfterImport(MetaPathFinder):
         return spec
 
 
-def _write_configs(auto: Any) -> None:
+def _write_configs(auto: ModuleType) -> None:
     from .. import configuration
+    from .compat import config_tables
 
-    for kind, name in _stock(auto.CONFIG_MAPPING._mapping).items():
-        auto.CONFIG_MAPPING._mapping[f"alibi_{kind}"] = f"Alibi{name}"
-        auto.CONFIG_MAPPING._modules[auto.model_type_to_module_name(f"alibi_{kind}")] = configuration
+    names, modules = config_tables(auto)
+    for kind, name in _stock(names).items():
+        names[f"alibi_{kind}"] = f"Alibi{name}"
+        modules[auto.model_type_to_module_name(f"alibi_{kind}")] = configuration
 
 
-def _write_models(auto: Any) -> None:
-    from transformers.models.auto.auto_factory import _LazyAutoMapping
-    from transformers.models.auto.configuration_auto import model_type_to_module_name
-
+def _write_models(auto: ModuleType) -> None:
     from . import modeling
+    from .compat import auto_tables
 
-    for mapping in [value for value in vars(auto).values() if isinstance(value, _LazyAutoMapping)]:
-        for kind, names in _stock(mapping._model_mapping).items():
-            mapping._model_mapping[f"alibi_{kind}"] = _alibi_names(names)
-            mapping._modules[model_type_to_module_name(f"alibi_{kind}")] = modeling
-        mapping._reverse_config_mapping.update({name: kind for kind, name in mapping._config_mapping.items()})
+    for listed, add in auto_tables(auto):
+        for kind, names in _stock(listed).items():
+            add(f"alibi_{kind}", modeling, _alibi_names(names))
 
 
-def _stock(table: dict[str, Any]) -> dict[str, Any]:
+def _stock(table: Mapping[str, Any]) -> dict[str, Any]:
     """The rows that are transformers' own."""
     return {kind: names for kind, names in table.items() if not kind.startswith("alibi_")}
 

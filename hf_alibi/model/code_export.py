@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
-from transformers.models.auto.auto_factory import _LazyAutoMapping
 
+from .compat import listed_classes, without_timestamps
 from .families import stock_type
 
 __all__ = ["code_files", "saving_code"]
@@ -49,7 +48,7 @@ def saving_code(
         for name, text in code_files().items():
             (Path(folder) / name).write_text(text, encoding="utf-8")
         config.auto_map = _auto_map(model)
-        with _uploaded_as_new(model):
+        with without_timestamps(model, _PREFIX):
             yield
     finally:
         attributes.pop("auto_map", None)
@@ -57,43 +56,18 @@ def saving_code(
             attributes["auto_map"] = before
 
 
-@contextmanager
-def _uploaded_as_new(model: Any) -> Iterator[None]:
-    """Let `push_to_hub`, which uploads what has changed since saving began, take the code, written before, for new."""
-    timestamps = model._get_files_timestamps
-
-    def without_code(folder: Any) -> dict[str, float]:
-        return {name: time for name, time in timestamps(folder).items() if not name.startswith(_PREFIX)}
-
-    vars(model)["_get_files_timestamps"] = without_code
-    try:
-        yield
-    finally:
-        del vars(model)["_get_files_timestamps"]
-
-
 def _auto_map(model: PreTrainedModel) -> dict[str, str]:
     """From each Auto class whose table holds the class of `model`, or the family's base model, to where that stands."""
     kind = stock_type(model.config)
     # FSDP puts its own name before that of the class.
     own = type(model).__name__.removeprefix("FSDP").removeprefix("Alibi")
-    tables = {
-        name: _listed(auto_class._model_mapping, kind)
-        for name, auto_class in vars(modeling_auto).items()
-        if name.startswith("Auto") and isinstance(getattr(auto_class, "_model_mapping", None), _LazyAutoMapping)
-    }
+    tables = listed_classes(kind)
     found = {"AutoConfig": type(model.config).__name__}
     for name, listed in tables.items():
         stock = next((each for each in (own, *tables["AutoModel"]) if each in listed), None)
         if stock is not None:
             found[name] = f"Alibi{stock}"
     return {name: f"{_ENTRY}.{each}" for name, each in found.items()}
-
-
-def _listed(table: _LazyAutoMapping, kind: str) -> tuple[str, ...]:
-    """Names of the model classes of a type."""
-    names = table._model_mapping.get(kind, ())
-    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def code_files() -> dict[str, str]:

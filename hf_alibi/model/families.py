@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from textwrap import fill, indent
 from typing import Any
 
-__all__ = ["FamilyTable", "is_listed", "refusal", "scales_by_position", "stock_type", "supported_families"]
+__all__ = [
+    "FamilyTable",
+    "counts_runs_of_layers",
+    "is_listed",
+    "refusal",
+    "scales_by_position",
+    "stock_type",
+    "supported_families",
+]
 
 # By what `apply_alibi` takes out of the self-attention of the model type.
 _POSITIONS = {
@@ -133,6 +141,11 @@ def is_listed(model_type: str) -> bool:
 def scales_by_position(config: Any) -> bool:
     """Whether the family scales queries by their position: a temperature for long contexts, which stays."""
     return stock_type(config) == "beam"
+
+
+def counts_runs_of_layers(config: Any) -> bool:
+    """Whether the family runs its layers several times, and its config counts each run as a layer."""
+    return stock_type(config) == "hrm_text"
 
 
 def _names(rows: dict[str, str], what: str, quote: str = "") -> str:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from ..attention.backends import alibi_name
 from ..configuration import Converted, text_config
 from .anatomy import is_rotary, position_modules, self_attentions, text_decoder
-from .families import refusal, stock_type
+from .compat import record_outputs_by_class
+from .families import counts_runs_of_layers, refusal, stock_type
 from .own_attention import convert_own_attention
 from .positions import NoPositions, NoRotation
 
@@ -59,9 +59,28 @@ def check_family(config: Any) -> None:
 
 
 def check_attention(model: PreTrainedModel) -> None:
-    """Raise ValueError for a model without any layer that ALiBi could be in."""
-    if not any(True for _ in self_attentions(model)):
+    """Raise ValueError for a model in which ALiBi finds no self-attention, or less than its config says there is."""
+    found, expected = sum(1 for _ in self_attentions(model)), _attention_layers(model)
+    if not found:
         raise ValueError(f"{type(model).__name__} has no causal self-attention that ALiBi could be added to")
+    if found < expected:
+        raise ValueError(
+            f"{type(model).__name__} has {expected} layers with self-attention by its config, but ALiBi finds {found}, "
+            "so that some would run without the bias; use a version of transformers that hf_alibi was tested "
+            "with, or set num_hidden_layers if layers were removed"
+        )
+
+
+def _attention_layers(model: PreTrainedModel) -> int:
+    """How many layers of the text decoder have self-attention, by its config."""
+    config: Any = getattr(text_decoder(model), "config", None) or text_config(model.config)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return sum(kind == "hybrid" or ("attention" in kind and "linear" not in kind) for kind in kinds)
+    if counts_runs_of_layers(config):
+        return 1
+    layers = getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None) or 1
+    return int(layers) - len(getattr(config, "cross_attention_layers", None) or ())
 
 
 def install_alibi(
@@ -81,8 +100,7 @@ def install_alibi(
         made = model_class(type(part))
         if made is not None:
             part.__class__ = made
-            # transformers looks up what to record for output_attentions and output_hidden_states by class.
-            _CAN_RECORD_REGISTRY[part] = part._can_record_outputs
+            record_outputs_by_class(part)
         if part.loss_type is None:
             # What transformers falls back to, but with a warning on the way that torch.compile cannot trace.
             part.loss_type = "ForCausalLM"
@@ -129,7 +147,7 @@ def undone_on_error(model: PreTrainedModel) -> Iterator[None]:
             module.__dict__.clear()
             module.__dict__.update(attributes)
             if isinstance(module, PreTrainedModel):
-                _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
+                record_outputs_by_class(module)
         raise
 
 

@@ -1,5 +1,7 @@
 """Lets weights that checkpoints hold in another form than models be converted for ALiBi models too."""
 
+from .compat import checkpoint_conversions
+
 __all__ = ["register_conversions"]
 
 
@@ -10,11 +12,10 @@ def register_conversions() -> None:
     to do by the name of a class or by model type, and what it does not find it leaves newly initialized. Calling it
     again changes nothing.
     """
-    from transformers import conversion_mapping
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
-    conversion_mapping.get_checkpoint_conversion_mapping("")  # makes the table
-    known = conversion_mapping._checkpoint_conversion_mapping_cache
+    known = checkpoint_conversions()
     for name in [name for name in known if name != "legacy" and not name.lower().startswith("alibi")]:
         ours = f"Alibi{name}" if name[0].isupper() else f"alibi_{name}"
         if ours not in known:
-            conversion_mapping.register_checkpoint_conversion_mapping(ours, known[name])
+            register_checkpoint_conversion_mapping(ours, known[name])

@@ -1,0 +1,46 @@
+"""Let models continue the same text, side by side: what numbers alone do not show.
+
+    python scripts/continue_text.py runs/demo/alibi runs/demo/alibi/control --tokens 1024
+
+The prompt is the end of the text that demo.sh holds out, cut to `--tokens`; each model writes on greedily.
+"""
+
+import argparse
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+import hf_alibi  # noqa: F401  # registers the ALiBi classes
+from hf_alibi.training.data import load_tokenizer, load_tokens
+from hf_alibi.training.settings import PYTHON_DOCS, DataArguments
+
+SHOWN = 300  # characters of the prompt
+
+
+def continuation(folder: str, prompt: torch.Tensor, tokenizer: PreTrainedTokenizerBase, new_tokens: int) -> str:
+    """What the model in `folder` writes after `prompt`, (tokens,)."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        written = model.generate(prompt[None], max_new_tokens=new_tokens, do_sample=False, use_cache=True)
+    return str(tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True))
+
+
+def main() -> None:
+    """Print the end of the prompt and how each model goes on."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="folders of trained models; the first one's tokenizer is used")
+    parser.add_argument("--tokens", type=int, default=1024, help="length of the prompt")
+    parser.add_argument("--new_tokens", type=int, default=160, help="how many tokens each model writes")
+    args = parser.parse_args()
+    tokenizer = load_tokenizer(args.models[0])
+    tokens = load_tokens(DataArguments(dataset_name=PYTHON_DOCS), tokenizer).held_out
+    prompt = tokens[-args.tokens - args.new_tokens : -args.new_tokens]
+    print(f"A prompt of {len(prompt)} tokens, which ends:\n\n… {tokenizer.decode(prompt)[-SHOWN:]}")
+    for folder in args.models:
+        kind = "ALiBi" if "Alibi" in type(AutoModelForCausalLM.from_pretrained(folder)).__name__ else "original"
+        print(f"\n--- {kind} ({folder}) goes on:\n")
+        print(continuation(folder, prompt, tokenizer, args.new_tokens))
+
+
+if __name__ == "__main__":
+    main()
