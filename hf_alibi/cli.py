@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -113,6 +114,7 @@ def _run(command: _Command, argv: Sequence[str]) -> None:
     """Check the names of all fields, which takes a fraction of a second, and run."""
     own = field_names(_load(path) for path in command.settings)
     check_names(*split_argv(argv), [*own, *(training_fields() if command.trains else ())])
+    logging.getLogger("hf_alibi").setLevel(logging.ERROR)  # commands train what they convert
     import_module("transformers.utils.logging").disable_progress_bar()  # of reading and writing files; work has its own
     _load(command.run)(argv)
 

@@ -9,7 +9,6 @@ import transformers
 from huggingface_hub.dataclasses import as_validated_field, strict
 from transformers import PreTrainedConfig
 
-from .peft_targets import name_for_peft
 from .slopes import check_scaling
 
 __all__ = [
@@ -121,12 +120,6 @@ class Converted(PreTrainedConfig):
                 f"a checkpoint of model_type {found!r} cannot be loaded as {own!r}; load it with AutoModel{then}"
             )
         return {**config, "model_type": own}, rest
-
-    def to_dict(self) -> dict[str, Any]:
-        """As any config's. What PEFT reads before it looks up what to adapt, so this is when it must know the type."""
-        name_for_peft(str(self.model_type))
-        fields: dict[str, Any] = super().to_dict()
-        return fields
 
 
 class AlibiConfig(Converted):

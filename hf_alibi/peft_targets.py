@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import sys
+from types import ModuleType
 
-__all__ = ["name_for_peft"]
+from .after_import import after_import
+
+__all__ = ["register_peft_targets"]
 
 # Modules of PEFT and how the names of their tables by model type begin: what a method adapts, and what became of the
 # names that experts had in transformers 4.
@@ -14,14 +16,14 @@ _TABLES = {
 }
 
 
-def name_for_peft(model_type: str) -> None:
-    """Make PEFT, if it is imported, know `alibi_<type>` wherever it knows `<type>`; calling it again changes nothing.
+def register_peft_targets() -> None:
+    """Make PEFT know `alibi_<type>` wherever it knows `<type>`, once it is imported; an entry of the user's stays."""
+    for module in _TABLES:
+        after_import(module, _write)
 
-    PEFT looks up which modules a method adapts by default in tables by model type. An entry that is there already,
-    such as one the user made, stays.
-    """
-    stock = model_type.removeprefix("alibi_")
-    for module, prefix in _TABLES.items():
-        for name, table in list(vars(sys.modules.get(module, object)).items()):
-            if name.startswith(prefix) and isinstance(table, dict) and stock in table:
-                table.setdefault(model_type, table[stock])
+
+def _write(module: ModuleType) -> None:
+    for name, table in list(vars(module).items()):
+        if name.startswith(_TABLES[module.__name__]) and isinstance(table, dict):
+            for kind in [kind for kind in table if not str(kind).startswith("alibi_")]:
+                table.setdefault(f"alibi_{kind}", table[kind])

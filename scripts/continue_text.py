@@ -2,12 +2,14 @@
 
     python scripts/continue_text.py runs/demo/alibi runs/demo/alibi/control --tokens 1024
 
-The prompt is the end of the text that demo.sh holds out, cut to `--tokens`; each model writes on greedily.
+The prompt is the end of the text that demo.sh holds out, cut to `--tokens`; each model samples what follows, with the
+same seed, at temperature 0.5.
 """
 
 import argparse
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import hf_alibi  # noqa: F401  # registers the ALiBi classes
@@ -20,8 +22,9 @@ SHOWN = 300  # characters of the prompt
 def continuation(folder: str, prompt: torch.Tensor, tokenizer: PreTrainedTokenizerBase, new_tokens: int) -> str:
     """What the model in `folder` writes after `prompt`, (tokens,)."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    with torch.no_grad():
-        written = model.generate(prompt[None], max_new_tokens=new_tokens, do_sample=False, use_cache=True)
+    torch.manual_seed(0)
+    options = {"do_sample": True, "temperature": 0.5, "top_k": 0, "max_new_tokens": new_tokens}
+    written = model.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), **options)
     return str(tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True))
 
 
@@ -32,6 +35,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="length of the prompt")
     parser.add_argument("--new_tokens", type=int, default=160, help="how many tokens each model writes")
     args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     tokenizer = load_tokenizer(args.models[0])
     tokens = load_tokens(DataArguments(dataset_name=PYTHON_DOCS), tokenizer).held_out
     prompt = tokens[-args.tokens - args.new_tokens : -args.new_tokens]

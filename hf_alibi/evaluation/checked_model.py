@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from ..errors import InputError, one_line
 from ..model.anatomy import has_no_positions, is_alibi, position_limit
+from ..model.loading import why_not_loaded
 from ..utils import METRICS_FILE
 from .baselines import ChosenBaselines
 from .memory import check_memory
@@ -114,9 +115,9 @@ def check_model(name: str, given: str, *, dtype: str, attn_implementation: str |
         of_weights = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=of_weights, attn_implementation=attn_implementation)
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+    except Exception as error:
         raise InputError(
-            f"model {name!r} ({given}) cannot be built: {one_line(error)}; give a causal language model that "
+            f"model {name!r} ({given}) cannot be built: {why_not_loaded(error)}; give a causal language model that "
             "transformers or hf-alibi saved"
         ) from error
     return CheckedModel(name, given, folder, model.config, of_weights, model)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
+
+from ..after_import import after_import
+from ..peft_targets import register_peft_targets
 
 __all__ = ["register"]
 
@@ -15,47 +15,18 @@ _AUTO = "transformers.models.auto"
 
 
 def register() -> None:
-    """Register configs and models; calling it again changes nothing.
+    """Register configs and models, and PEFT's targets for them; calling it again changes nothing.
 
     An ALiBi class takes its place in exactly those Auto classes that hold the class it converts, so that
     `AutoModelForCausalLM` and the like work for converted checkpoints as for plain ones. Only names are written into
     the tables that transformers keeps, and where to find them: the classes are made when they are asked for.
     `register` of the Auto classes would need the classes themselves, and with them the code of every family.
 
-    transformers imports its tables when an Auto class is first used, and torch with them. Where that is still to
-    come, or comes again, the names are written at that moment.
+    transformers imports its tables when an Auto class is first used, and torch with them; the names are written then.
     """
-    for name, write in ((f"{_AUTO}.configuration_auto", _write_configs), (f"{_AUTO}.modeling_auto", _write_models)):
-        if not any(isinstance(finder, _AfterImport) and finder.name == name for finder in sys.meta_path):
-            sys.meta_path.insert(0, _AfterImport(name, write))
-        if name in sys.modules:
-            write(sys.modules[name])
-
-
-class _AfterImport(MetaPathFinder):
-    """Calls `action` with the module `name` when that has been imported."""
-
-    def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
-        self.name = name
-        self.action = action
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """What Python's finder of files gives for the module, with a loader that calls the action as well."""
-        if name != self.name:
-            return None
-        # This finder stays: while threads walk through the list of finders, nothing may go from it.
-        spec = PathFinder.find_spec(name, path, target)
-        loader: Any = None if spec is None else spec.loader
-        if loader is None:
-            return None
-        execute = loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            self.action(module)
-
-        loader.exec_module = exec_module
-        return spec
+    after_import(f"{_AUTO}.configuration_auto", _write_configs)
+    after_import(f"{_AUTO}.modeling_auto", _write_models)
+    register_peft_targets()
 
 
 def _write_configs(auto: ModuleType) -> None:

@@ -8,7 +8,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import InputError, one_line
 
-__all__ = ["load_complete"]
+__all__ = ["load_complete", "why_not_loaded"]
+
+
+def why_not_loaded(error: Exception) -> str:
+    """What to tell users whose checkpoint could not be loaded, from whatever was raised for it."""
+    if isinstance(error, (OSError, ValueError, ImportError, RuntimeError, SafetensorError)):
+        return f"{one_line(error)}; check that its files are complete"
+    said = str(error.__cause__ or error)
+    return f"its config.json does not suit its model type ({' '.join(said.split())}); correct it, or copy it again"
 
 
 def load_complete(
@@ -22,8 +30,8 @@ def load_complete(
         model, report = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
         )
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
-        raise InputError(f"cannot load {name}: {one_line(error)}; check that its files are complete") from error
+    except Exception as error:
+        raise InputError(f"cannot load {name}: {why_not_loaded(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(

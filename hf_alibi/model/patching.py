@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -54,7 +56,17 @@ def apply_alibi(model: Model, *, slopes: Sequence[float] | None = None, sink_tok
         install_alibi(model, model_class)
         if not is_listed(stock.model_type):
             _prove(model, stock.model_type)
+    _say_once(type(model).__name__)
     return model
+
+
+@cache
+def _say_once(name: str) -> None:
+    logging.getLogger(__name__).warning(
+        "%s now has ALiBi, which its weights have never seen: train it before you use it, or convert it by "
+        "`hf-alibi convert`",
+        name,
+    )
 
 
 def _replace_configs(model: PreTrainedModel, replaced: dict[int, PreTrainedConfig]) -> None:

@@ -20,6 +20,7 @@ from transformers import (
 
 import hf_alibi
 from helpers.models import snapshot, stock_config, stock_model, tokens
+from hf_alibi.model import patching
 from hf_alibi.model.anatomy import is_alibi, position_limit, self_attentions
 from hf_alibi.model.installation import LayerConfig
 
@@ -245,3 +246,13 @@ def test_supported_families():
     for text in (repr(table), table.markdown()):
         assert "qwen3_moe" in text
         assert table.refused["mamba"] in text
+
+
+def test_it_says_once_that_training_is_needed(caplog):
+    patching._say_once.cache_clear()
+    for _ in range(2):
+        hf_alibi.apply_alibi(stock_model("llama"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "AlibiLlamaForCausalLM now has ALiBi, which its weights have never seen: train it before you use it, or convert it "
+        "by `hf-alibi convert`"
+    ]
