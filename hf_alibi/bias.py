@@ -19,13 +19,13 @@ def build_alibi_tensor(attention_mask: Tensor, num_heads: int, dtype: torch.dtyp
 
     Args:
         attention_mask: (batch, seq_length), 1 for tokens and 0 for padding; bool, integer or floating point.
-        num_heads: at least 1; see `alibi_slopes` for counts that are no power of two.
+        num_heads: at least 1; see `alibi_slopes` for counts that are not a power of two.
         dtype: floating-point type of the result.
 
     Returns a tensor of shape (batch * num_heads, 1, seq_length) on the mask's device; head h of sequence b is row
     b * num_heads + h.
 
-    Raises TypeError for a mask that is no tensor, a `num_heads` that is no int or a dtype that is not floating
+    Raises TypeError for a mask that is not a tensor, a `num_heads` that is not an int or a dtype that is not floating
     point; ValueError for a mask of other rank or with other values than 0 and 1, or `num_heads` below 1.
     """
     if not isinstance(attention_mask, Tensor):
@@ -53,7 +53,7 @@ def distances(allowed: Tensor, sink_tokens: int = 0) -> Tensor:
 
     Args:
         allowed: bool (..., queries, keys), True where the query may see the key.
-        sink_tokens: so many of the first keys that a query may see are at distance 0 from it.
+        sink_tokens: how many of the first keys that a query may see are at distance 0 from it.
 
     Returns float32 of the same shape, tokens; exact up to 2^24. Entries that are not allowed mean nothing.
 
@@ -77,7 +77,7 @@ def alibi_bias(slopes: Tensor, allowed: Tensor, sink_tokens: int = 0) -> Tensor:
     Args:
         slopes: float32, broadcasts to (batch, heads, queries, 1), logits per token.
         allowed: bool, broadcasts to (batch, heads, queries, keys).
-        sink_tokens: so many of the first keys that a query may see have no bias.
+        sink_tokens: how many of the first keys that a query may see have no bias.
 
     Returns float32 (batch, heads, queries, keys), logits.
     """

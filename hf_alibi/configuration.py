@@ -61,7 +61,7 @@ def _check_slope_values(slopes: Any) -> None:
 
 
 def check_sink_tokens(sink_tokens: Any) -> None:
-    """Raise TypeError unless `sink_tokens` is an int, ValueError where it is negative."""
+    """Raise TypeError unless `sink_tokens` is an int, ValueError if it is negative."""
     allowed = "tokens at the beginning of a sequence, an int of at least 0"
     if isinstance(sink_tokens, bool) or not isinstance(sink_tokens, int):
         raise TypeError(f"alibi_sink_tokens must be {allowed}, got {sink_tokens!r}")
@@ -132,7 +132,7 @@ class AlibiConfig(Converted):
             and `dynamic_scale`. It may be given when a checkpoint is loaded.
         alibi_tolerance: share of a query's weights that the far keys which are not read may have together; None for
             less than rounding takes, so that attention is exact. It may be given when a checkpoint is loaded.
-        alibi_sink_tokens: so many tokens at the beginning of each sequence carry no bias as keys, whatever their
+        alibi_sink_tokens: how many tokens at the beginning of each sequence carry no bias as keys, whatever their
             distance (attention sinks: Xiao et al. 2023, arXiv 2309.17453); 0 is the paper's ALiBi.
 
     `max_position_embeddings` stays what it was and limits nothing.
@@ -145,7 +145,7 @@ class AlibiConfig(Converted):
     alibi_sink_tokens: int = _sink_tokens_field(default=0)
 
     def validate_alibi(self) -> None:
-        """Raise ValueError where fields do not fit together (run by `strict` when the config is made)."""
+        """Raise ValueError if fields do not fit together (run by `strict` when the config is made)."""
         check_slopes(self.alibi_slopes, num_heads(self))
         scaling: Mapping[str, Any] = self.alibi_scaling or {}
         if scaling.get("type") == "dynamic" and self.alibi_train_length is None:
@@ -219,7 +219,9 @@ def alibi_config(stock: PreTrainedConfig, **fields: Any) -> Any:
 def config_class(stock: type[PreTrainedConfig]) -> type[Converted]:
     """The ALiBi form of a config class of transformers. Raises ValueError for any other class."""
     if getattr(transformers, stock.__name__, None) is not stock:
-        raise ValueError(f"no ALiBi form of {stock.__module__}.{stock.__name__}: it is no config of transformers' own")
+        raise ValueError(
+            f"no ALiBi form of {stock.__module__}.{stock.__name__}: it is not a config class of transformers"
+        )
     made: type[Converted] = __getattr__(f"Alibi{stock.__name__}")
     return made
 

@@ -12,5 +12,5 @@ class VerificationError(RuntimeError):
 
 
 def one_line(error: BaseException) -> str:
-    """Return an exception's message without its line breaks, or its name where it has no message."""
+    """Return an exception's message without its line breaks, or its name if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__

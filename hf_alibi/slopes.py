@@ -23,7 +23,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
 
     Returns a float32 tensor of shape (num_heads,), in logits per token of distance.
 
-    Raises TypeError where `num_heads` is no integer, ValueError where it is below 1.
+    Raises TypeError if `num_heads` is no integer, ValueError if it is below 1.
 
     >>> alibi_slopes(4).tolist()
     [0.25, 0.0625, 0.015625, 0.00390625]
@@ -85,7 +85,7 @@ def scale_slopes(slopes: Tensor, scaling: Mapping[str, Any] | None) -> Tensor:
 
 
 def dynamic_scale(context: Tensor, train_length: int, ceiling: float | None) -> Tensor:
-    """What `dynamic` scaling multiplies the slopes with: train_length / context where the context is longer, else 1.
+    """What `dynamic` scaling multiplies the slopes with: train_length / context if the context is longer, else 1.
 
     Args:
         context: any shape, the number of tokens that a query sees, itself included.

@@ -1,6 +1,6 @@
 """Which parts of the recipe pay: the same training with one part changed a row, over several seeds.
 
-    python scripts/ablation.py configs/ablation/smollm2.yaml --model_name_or_path smollm2 --train_file text.txt
+    python scripts/ablation.py configs/ablation/smollm2.yaml --model_name_or_path runs/smollm2 --train_file text.txt
     python scripts/ablation.py --help
 
 The YAML comes first, any `--field value` after it wins. Stopped, the same command goes on with what is left. With the

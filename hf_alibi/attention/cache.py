@@ -74,7 +74,7 @@ class _Store:
     """Sinks that stand before the last tokens, once these were cut off from them."""
 
     def append(self, keys: Tensor, values: Tensor, sinks: Tensor | None) -> None:
-        """Add tokens at the end, after cutting off those out of reach where that is due.
+        """Add tokens at the end, after cutting off those out of reach if it is time.
 
         Args:
             keys, values: (batch, tokens, head_dim).
@@ -147,7 +147,7 @@ class AlibiLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Add new tokens (batch, key-value heads, tokens, head_dim); gives what ALiBi's sdpa attention takes.
 
-        Raises RuntimeError where gradients are wanted, or where the attention did not check what was dropped.
+        Raises RuntimeError if gradients are wanted, or if the attention did not check what was dropped.
         """
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise RuntimeError("AlibiCache is for inference; use torch.no_grad(), or transformers' DynamicCache")
@@ -212,13 +212,13 @@ class AlibiLayer(CacheLayerMixin):
                 store.reach = math.inf
 
     def _find_sinks(self, allowed: Tensor | None, sink_tokens: int) -> int:
-        """Find the first tokens that queries see, and raise where they have changed since tokens were dropped.
+        """Find the first tokens that queries see, and raise if they have changed since tokens were dropped.
 
         Args:
             allowed: see `observe`.
             sink_tokens: how many.
 
-        Returns the last of them, in any sequence; the number of all tokens where fewer have been seen.
+        Returns the last of them, in any sequence; the number of all tokens if fewer have been seen.
         """
         batch = len(self.stores[0].keys)
         if allowed is None:
@@ -241,7 +241,7 @@ class AlibiLayer(CacheLayerMixin):
         return last
 
     def _check(self, bound: Tensor, slopes: Tensor, limit: float) -> None:
-        """Raise where dropped weights may pass a limit.
+        """Raise if dropped weights may pass a limit.
 
         Args:
             bound: (batch, heads, queries), logarithm of what dropped tokens could have at distance 0.
@@ -257,7 +257,7 @@ class AlibiLayer(CacheLayerMixin):
                 if not share <= limit:
                     raise RuntimeError(
                         f"a query may reach tokens that AlibiCache has dropped: up to {share.exp():.1e} of its "
-                        f"weights, where {math.exp(limit):.1e} are allowed; use a larger margin than {self.margin}, "
+                        f"weights, and {math.exp(limit):.1e} are allowed; use a larger margin than {self.margin}, "
                         "a larger tolerance, or transformers' DynamicCache"
                     )
 
@@ -266,7 +266,7 @@ class AlibiLayer(CacheLayerMixin):
         return self.tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Tokens after `query_length` more, and the first of them: masks cover what was dropped, too."""
+        """Tokens after `query_length` more, and the first of them: masks also cover what was dropped."""
         return self.tokens + query_length, 0
 
     def get_max_length(self) -> int:
@@ -278,7 +278,7 @@ class AlibiLayer(CacheLayerMixin):
         self._clear()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens, given as a negative number. Raises ValueError where they are no longer kept."""
+        """Take back the last tokens, given as a negative number. Raises ValueError if they are no longer kept."""
         removed = abs(tokens_to_remove)
         if any(store.dropped and store.length <= removed for store in self.stores):
             raise ValueError(f"cannot take back {removed} tokens: AlibiCache has dropped what came before them")
@@ -316,8 +316,8 @@ class CachedStates:
         layer: of the cache.
         parts: for each key-value head its last tokens, (batch, tokens kept, head_dim), and before them its sinks.
         tokens: seen so far, kept or not.
-        whole: the tensor itself, where nothing was dropped.
-        sinks: for each key-value head which of all tokens its sinks are, int64 (batch, sinks); None where there are
+        whole: the tensor itself, if nothing was dropped.
+        sinks: for each key-value head which of all tokens its sinks are, int64 (batch, sinks); None if there are
             none before the last tokens.
     """
 

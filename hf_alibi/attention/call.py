@@ -78,7 +78,7 @@ def resolve(
 def autocast(device: torch.device, *tensors: Tensor) -> list[Tensor]:
     """`tensors` in the type that autocast would give them, if it is on: float32 becomes its half type.
 
-    A backend that calls this first can turn autocast off for what follows, where float32 must stay float32.
+    A backend that calls this first can turn autocast off for what follows, in which float32 must stay float32.
     """
     if not torch.is_autocast_enabled(device.type):
         return list(tensors)

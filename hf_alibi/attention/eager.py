@@ -29,7 +29,7 @@ def eager_alibi_attention(
     Args:
         module: the self-attention layer; its config holds the slopes.
         query: (batch, heads, queries, head_dim).
-        key, value: (batch, key-value heads, keys, head_dim); heads are grouped where there are fewer.
+        key, value: (batch, key-value heads, keys, head_dim); heads are grouped if there are fewer.
         attention_mask: see `visible_keys`.
         scaling: of the logits; 1 / sqrt(head_dim) if None.
         dropout: probability, applied to the weights in training.
@@ -37,7 +37,7 @@ def eager_alibi_attention(
             a sink that takes a share of each query's weights (gpt-oss).
 
     Returns the output (batch, queries, heads, head_dim) and the weights (batch, heads, queries, keys), of which a row
-    sums to less than 1 where a sink takes its share.
+    sums to less than 1 if a sink takes its share.
     """
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     call = resolve(

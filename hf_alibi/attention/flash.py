@@ -41,7 +41,7 @@ def flash_alibi_attention(
     Args:
         module: the self-attention layer; its config holds the slopes.
         query: (batch, heads, queries, head_dim), at the last positions of the keys.
-        key, value: (batch, key-value heads, keys, head_dim); heads are grouped where there are fewer.
+        key, value: (batch, key-value heads, keys, head_dim); heads are grouped if there are fewer.
         attention_mask: see `_without_padding`; None means that every key is a token.
         scaling: of the logits; 1 / sqrt(head_dim) if None.
         dropout: probability, applied to the weights.
@@ -97,7 +97,7 @@ def refuse_sinks(sink_tokens: int) -> None:
 
 
 def load_flash_attn() -> Any:
-    """The module `flash_attn`. Raises ImportError where it is missing, does not load or is too old for ALiBi."""
+    """The module `flash_attn`. Raises ImportError if it is missing, does not load or is too old for ALiBi."""
     try:
         flash_attn: Any = import_module("flash_attn")
         # FlashAttention 4 alone leaves an empty package of this name.
@@ -157,7 +157,7 @@ def _without_padding(
 def _packing(
     query: Tensor, key: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """flash-attn's arguments for packed sequences; None where nothing is packed.
+    """flash-attn's arguments for packed sequences; None if nothing is packed.
 
     Args:
         query: (batch, queries, heads, head_dim).

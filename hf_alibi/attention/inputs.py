@@ -61,7 +61,7 @@ def visible_keys(attention_mask: Tensor | None, query: Tensor, key: HasShape) ->
         query: (batch, heads, queries, head_dim).
         key: (batch, key-value heads, keys, head_dim).
 
-    Returns (allowed, added): bool, and the mask itself where it is additive, since what it adds to allowed entries
+    Returns (allowed, added): bool, and the mask itself if it is additive, since what it adds to allowed entries
     comes on top of the bias; None otherwise.
     """
     queries, keys = query.shape[2], key.shape[2]

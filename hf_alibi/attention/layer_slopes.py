@@ -1,6 +1,6 @@
 """Which slopes and sink tokens a self-attention layer uses: read from its config, slopes in float32 per device.
 
-Where tensor parallelism shards a layer, a rank sees its own heads only, under the numbers from 0 on, and a plan may as
+If tensor parallelism shards a layer, a rank sees its own heads only, under the numbers from 0 on, and a plan may as
 well gather all heads on every rank. What tells them apart is the output projection: it takes what the heads give, so
 the part of its input that a rank holds is the part of the heads that the rank computes. Sharded weights are DTensors,
 whose layout says which part that is.
@@ -38,7 +38,7 @@ class HeadSlopes:
         """Slopes that broadcast to (batch, heads, queries, 1).
 
         Args:
-            count_context: gives how many tokens each query sees, (batch or 1, heads or 1, queries); called only where
+            count_context: gives how many tokens each query sees, (batch or 1, heads or 1, queries); called only if
                 the slopes depend on it.
         """
         slopes = self.per_head[:, None, None]
@@ -56,7 +56,7 @@ def head_slopes(module: nn.Module, query: HasShape, value: HasShape, device: tor
         value: (batch, key-value heads, keys, head_dim).
         device: where the slopes are needed.
 
-    Raises ValueError where the layer has another number of heads than there are slopes, or where it is open which of
+    Raises ValueError if the layer has another number of heads than there are slopes; or if it is open which of
     its heads these are: taking the first few would be wrong.
     """
     config: Any = module.config
@@ -109,7 +109,7 @@ def own_heads(module: nn.Module, heads: int, value_dim: int) -> tuple[int, int]:
 
     Returns how many heads the layer has on all ranks together, and the number of the call's first one.
 
-    Raises ValueError where weights are sharded in a way that leaves this open.
+    Raises ValueError if weights are sharded in a way that leaves this open.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return heads, 0
@@ -139,7 +139,7 @@ def own_heads(module: nn.Module, heads: int, value_dim: int) -> tuple[int, int]:
 
 
 def _are_all(heads: int, config: Any) -> bool:
-    """Whether a layer under `config` may have so many heads in all; some families have fewer in some layers."""
+    """Whether a layer under `config` may have this number of heads in all; some families have fewer in some layers."""
     if heads >= num_heads(config):
         return True
     fields = config.to_dict().items()
@@ -152,7 +152,7 @@ def _is_sharded(weight: Any, dim: int) -> bool:
 
 
 def _from_output_projection(weight: Any, heads: int, value_dim: int) -> tuple[int, int] | None:
-    """What `own_heads` returns, by a DTensor (outputs, inputs) whose inputs are sharded; None where it does not fit."""
+    """What `own_heads` returns, by a DTensor (outputs, inputs) whose inputs are sharded; None if it does not fit."""
     from torch.distributed.tensor import Shard
 
     width = weight.shape[1]

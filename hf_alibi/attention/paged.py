@@ -16,8 +16,8 @@ Attention = Callable[..., tuple[Tensor, Any]]
 WITHOUT_PAGED_CACHE = frozenset(
     ["bart", "blenderbot", "blenderbot-small", "diffllama", "hrm_text", "marian", "mbart", "pegasus", "plbart"]
 )
-"""Model types whose layers do not hand the paged cache on, or to several attentions at once: unconverted, too, they
-give other tokens there than `generate`, without an error."""
+"""Model types whose layers do not hand the paged cache on, or hand it to several attentions at once. Converted or
+not, they give other tokens there than `generate`, without an error."""
 
 
 def takes_paged_cache(attention: Attention, *, only: bool = False) -> Attention:

@@ -1,4 +1,4 @@
-"""Cases of attention alone, each with all its sides."""
+"""Cases of attention alone, each with all its variants."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ __all__ = [
 CAUSAL, SDPA, DENSE, EAGER, FLEX = "causal", "sdpa", "dense_bias", "eager", "flex_attention"
 FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
 
-# (batch, heads, length, length) matrices in float32 that a side holds at its peak, measured with allocated_peak;
-# what else it holds is at most so many times the queries.
+# (batch, heads, length, length) matrices in float32 that a variant holds at its peak, measured with allocated_peak;
+# what else it holds is at most this many times the queries.
 _SQUARES = {DENSE: 3.0, EAGER: 5.0}
 _LINEAR = 16
 
@@ -46,7 +46,7 @@ class _Layer(nn.Module):
 
 
 class _Attention:
-    """Random queries, keys and values of one length, and every side that attends with them."""
+    """Random queries, keys and values of one length, and every variant that attends with them."""
 
     def __init__(self, args: BenchmarkArguments, length: int, device: torch.device, backward: bool = False) -> None:
         torch.manual_seed(args.seed)
@@ -61,27 +61,27 @@ class _Attention:
         query = self.inputs[0]
         self.gradient = torch.randn(query.transpose(1, 2).shape, dtype=dtype, device=device) if backward else None
         self.held = dict.fromkeys((CAUSAL, SDPA, DENSE, EAGER, FLEX), 0)
-        """Bytes of what exists before a side is called, beside the inputs."""
+        """Bytes of what exists before a variant is called, beside the inputs."""
         layer = _Layer(args.heads).eval()
-        self.sides: dict[str, Callable[[], object] | str] = {}
+        self.variants: dict[str, Callable[[], object] | str] = {}
         for name in self.held:
             squares = _SQUARES.get(name, 0.0) * args.batch_size * args.heads * length**2 * 4
             reason = args.why_not(squares + _LINEAR * query.nbytes)
             if reason is None and name == FLEX:
                 reason = self._why_no_flex()
             if reason is not None:
-                self.sides[name] = reason
+                self.variants[name] = reason
             elif name == CAUSAL:
-                self.sides[name] = partial(self._run, causal_attention)
+                self.variants[name] = partial(self._run, causal_attention)
             elif name == DENSE:
                 bias = _dense_bias(args.heads, length, query)
                 self.held[name] = bias.nbytes
-                self.sides[name] = partial(self._run, partial(_dense, bias))
+                self.variants[name] = partial(self._run, partial(_dense, bias))
             else:
-                self.sides[name] = partial(self._run, partial(_backend, BACKENDS[name], layer))
-        flex = self.sides[FLEX]
+                self.variants[name] = partial(self._run, partial(_backend, BACKENDS[name], layer))
+        flex = self.variants[FLEX]
         if not isinstance(flex, str):
-            self.sides[FLEX] = _first_call_fails(flex) or flex
+            self.variants[FLEX] = _first_call_fails(flex) or flex
 
     def _why_no_flex(self) -> str | None:
         if FLEX not in BACKENDS:
@@ -128,7 +128,7 @@ def _backend(
 
 
 def _first_call_fails(run: Callable[[], object]) -> str | None:
-    # Compilers fail in ways of their own where a machine lacks something; a side that is extra must not end the run.
+    # Compilers fail in ways of their own if a machine lacks something; a variant that is extra must not end the run.
     try:
         run()
     except Exception as error:
@@ -141,7 +141,7 @@ def attention_cases(args: BenchmarkArguments, device: torch.device) -> Iterator[
 
     def measure(length: int, backward: bool, stopwatch: Stopwatch) -> list[Row]:
         attention = _Attention(args, length, device, backward)
-        return stopwatch.compare(attention.sides, baseline=CAUSAL)
+        return stopwatch.compare(attention.variants, baseline=CAUSAL)
 
     for what in (FORWARD, FORWARD_BACKWARD):
         for length in args.lengths:
@@ -157,18 +157,18 @@ def memory_cases(args: BenchmarkArguments, device: torch.device) -> Iterator[Cas
         inputs = sum(tensor.nbytes for tensor in attention.inputs)
         peaks = {
             name: inputs + attention.held[name] + allocated_peak(run, device)
-            for name, run in attention.sides.items()
+            for name, run in attention.variants.items()
             if not isinstance(run, str)
         }
         return [
             {
-                "side": name,
+                "variant": name,
                 "status": run if isinstance(run, str) else OK,
                 "peak_bytes": peaks.get(name),
                 "peak_over_inputs": peaks[name] / (inputs + attention.inputs[0].nbytes) if name in peaks else None,
                 "ratio": peaks[name] / peaks[CAUSAL] if {name, CAUSAL} <= peaks.keys() else None,
             }
-            for name, run in attention.sides.items()
+            for name, run in attention.variants.items()
         ]
 
     for length in args.lengths:

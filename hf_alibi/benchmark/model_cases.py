@@ -154,7 +154,7 @@ def _training_step(model: PreTrainedModel, ids: Tensor) -> Callable[[], object]:
 def decode_cases(args: BenchmarkArguments, device: torch.device) -> Iterator[Case]:
     """One new token after a cache of random keys and values, the same cache for both models.
 
-    A third side is the converted model with an `AlibiCache` that has dropped what it can.
+    A third variant is the converted model with an `AlibiCache` that has dropped what it can.
     """
 
     def measure(shape: str, kind: str, context: int, stopwatch: Stopwatch) -> list[Row]:
@@ -222,11 +222,11 @@ def sequence_cases(args: BenchmarkArguments, device: torch.device) -> Iterator[C
         torch.manual_seed(args.seed)
         model = apply_alibi(AutoModelForCausalLM.from_config(config)).to(device).eval()
         tokens = torch.randint(config.vocab_size, (longest + 1,))
-        sides: dict[str, Callable[[], object] | str] = {}
+        variants: dict[str, Callable[[], object] | str] = {}
         for length in args.sequence_lengths:
             reason = args.why_not(peak_bytes(config, length=length, batch=1, dtype=torch.float32))
-            sides[f"{length} tokens"] = reason or partial(evaluate, model, tokens, length)
-        rows = stopwatch.compare(sides, baseline=f"{shortest} tokens")
+            variants[f"{length} tokens"] = reason or partial(evaluate, model, tokens, length)
+        rows = stopwatch.compare(variants, baseline=f"{shortest} tokens")
         for length, row in zip(args.sequence_lengths, rows, strict=True):
             ratios = ("ratio", "ratio_low", "ratio_high")
             row |= {name: row[name] * shortest / length for name in ratios if row[name] is not None}
@@ -240,7 +240,7 @@ def sequence_cases(args: BenchmarkArguments, device: torch.device) -> Iterator[C
 def activation_cases(args: BenchmarkArguments, device: torch.device) -> Iterator[Case]:
     """Attention on the queries, keys and values of a real model reading real text, layer by layer.
 
-    Model and text are loaded at the first case. Raises InputError where they cannot be used.
+    Model and text are loaded at the first case. Raises InputError if they cannot be used.
     """
     model, converted = _load(args, device)
     tokens = _read_text(args)
@@ -331,17 +331,17 @@ def _reads(attend: Callable[[], object]) -> Row:
 
 
 def _all_layers(rows: list[Row]) -> Iterator[Row]:
-    """Both sides over all layers: sums of the layers' medians, their ratio, and the mean share of pairs.
+    """Both variants over all layers: sums of the layers' medians, their ratio, and the mean share of pairs.
 
     `ratio_low` and `ratio_high` are here the smallest and the largest ratio of a layer.
     """
-    sums = {side: sum(row["seconds"] for row in rows if row["side"] == side) for side in (CAUSAL, SDPA)}
-    for side, seconds in sums.items():
-        layers = [row for row in rows if row["side"] == side]
+    sums = {variant: sum(row["seconds"] for row in rows if row["variant"] == variant) for variant in (CAUSAL, SDPA)}
+    for variant, seconds in sums.items():
+        layers = [row for row in rows if row["variant"] == variant]
         shares = [row["pairs_kept"] for row in layers if "pairs_kept" in row]
         yield {
             "subject": ALL_LAYERS,
-            "side": side,
+            "variant": variant,
             "status": OK,
             "seconds": seconds,
             "ratio": seconds / sums[CAUSAL],

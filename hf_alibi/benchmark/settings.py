@@ -41,9 +41,9 @@ class BenchmarkArguments:
         default="float32", metadata={"help": "Type of weights, queries, keys and values."}
     )
     repeats: int = field(default=5, metadata={"help": "Rounds at least, after one that does not count."})
-    seconds: float = field(default=1.0, metadata={"help": "Rounds go on until they took this long together."})
+    seconds: float = field(default=1.0, metadata={"help": "Rounds are added until they took this long together."})
     memory_limit: float = field(
-        default=8.0, metadata={"help": "GiB; a side that needs more at a length is not run there, and says so."}
+        default=8.0, metadata={"help": "GiB; a variant that needs more at a length is not run there, and says so."}
     )
     model_lengths: list[int] = field(
         default_factory=lambda: [512, 2048], metadata={"help": "Tokens, for model: forward and training step."}
@@ -89,7 +89,7 @@ class BenchmarkArguments:
                 raise InputError(f"{name} is {count}; it must divide the {self.heads} heads")
 
     def why_not(self, needed: float) -> str | None:
-        """The reason not to run what takes `needed` bytes, None where it fits."""
+        """The reason not to run what takes `needed` bytes, None if it fits."""
         if needed <= self.memory_limit * 2**30:
             return None
         return f"needs about {needed / 2**30:.3g} GiB, memory_limit is {self.memory_limit:g}"
@@ -108,7 +108,7 @@ class Case:
     measure: Callable[[Stopwatch], list[Row]]
 
     def rows(self, stopwatch: Stopwatch) -> list[Row]:
-        """Measure; one row a side."""
+        """Measure; one row a variant."""
         labels = {"part": self.part, "subject": self.subject, "what": self.what, "length": self.length}
         rows = [{**labels, **row} for row in self.measure(stopwatch)]
         for row in rows:

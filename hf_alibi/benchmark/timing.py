@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["OK", "Row", "Sides", "Stopwatch", "allocated_peak", "device_clock"]
+__all__ = ["OK", "Row", "Stopwatch", "Variants", "allocated_peak", "device_clock"]
 
 OK = "ok"
 
 Row = dict[str, Any]
-Sides = Mapping[str, Callable[[], object] | str]
-"""Name to what is called, or to the reason why this side cannot run."""
+Variants = Mapping[str, Callable[[], object] | str]
+"""Name to what is called, or to the reason why this variant cannot run."""
 
 
 @dataclass(frozen=True)
@@ -26,29 +26,29 @@ class Stopwatch:
     """How calls are timed."""
 
     repeats: int
-    """Rounds at least; a round calls every side once."""
+    """Rounds at least; a round calls every variant once."""
     seconds: float = 0.0
-    """Rounds go on until they took this long together, so that short calls are repeated more often."""
+    """Rounds are added until they took this long together, so that short calls are repeated more often."""
     clock: Callable[[], float] = time.perf_counter
     """Seconds, after everything that was started has ended."""
 
-    def compare(self, sides: Sides, *, baseline: str) -> list[Row]:
-        """Time all sides in rounds, A B C A B C …, after a first round that does not count.
+    def compare(self, variants: Variants, *, baseline: str) -> list[Row]:
+        """Time all variants in rounds, A B C A B C …, after a first round that does not count.
 
         Neighbours in a round share what else the machine does, so a ratio is taken within each round, and its median
         over the rounds is what counts.
 
         Args:
-            sides: in the order of a round.
-            baseline: the side that ratios are to.
+            variants: in the order of a round.
+            baseline: the variant that ratios are to.
 
-        Returns a row a side with `status` (OK, or why it did not run), `seconds` (median), `ratio` (median) with
+        Returns a row a variant with `status` (OK, or why it did not run), `seconds` (median), `ratio` (median) with
         `ratio_low` and `ratio_high` (quartiles), `repeats` and `times` (seconds of each round). Numbers that do not
         exist are None.
         """
-        times = self._rounds({name: run for name, run in sides.items() if not isinstance(run, str)})
+        times = self._rounds({name: run for name, run in variants.items() if not isinstance(run, str)})
         base = times.get(baseline)
-        return [{"side": name, **_summary(run, times.get(name), base)} for name, run in sides.items()]
+        return [{"variant": name, **_summary(run, times.get(name), base)} for name, run in variants.items()]
 
     def _rounds(self, runs: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
         times: dict[str, list[float]] = {name: [] for name in runs}
@@ -58,7 +58,7 @@ class Stopwatch:
                 started = self.clock()
                 result = run()
                 elapsed = self.clock() - started
-                # The next side must find the memory of this one free.
+                # The next variant must find the memory of this one free.
                 del result
                 if rounds:
                     times[name].append(elapsed)

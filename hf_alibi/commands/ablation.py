@@ -31,10 +31,10 @@ def ablation(argv: Sequence[str]) -> Results:
     """Train every row of `CONFIG.yaml --field value ...` at every seed, and write one table.
 
     All rows share the settings, those of `hf-alibi finetune`, but for what a row changes. Each row's settings are
-    parsed before the first is trained. Complete runs in `output_dir` are read and not repeated, so that an ablation
-    goes on where it was stopped. Of each run settings and metrics stay, and no weights.
+    parsed before the first is trained. Complete runs in `output_dir` are read and not repeated, so that an interrupted
+    ablation resumes. Of each run settings and metrics stay, and no weights.
 
-    Returns what `results.json` holds. Raises InputError where something given cannot be used.
+    Returns what `results.json` holds. Raises InputError if something given cannot be used.
     """
     args, *shared = load_settings((AblationArguments, *_RUN), argv)
     require_matplotlib()

@@ -39,7 +39,7 @@ _TITLES = {
     "growth": "Attention: growth of the cost per token up to the longest length",
     "memory": "Attention: peak memory over that of inputs and output; ratio to causal SDPA without bias",
     "model": "Models with random weights: time; ratio to the unconverted model, its quartiles",
-    "decode": "One token after a cache of so many: time; ratio to the unconverted model, its quartiles",
+    "decode": "One token after a cache of this length: time; ratio to the unconverted model, its quartiles",
     "sequence": "One sequence: time; ratio of the cost per token to the shortest, its quartiles",
     "activations": "Attention of a real model on text, all layers: time; ratio, those of the best and worst layer",
 }
@@ -59,7 +59,7 @@ def measure(args: BenchmarkArguments) -> Results:
     Settings, output folder, memory, and for activations model and text are checked before the first case. Files are
     written after each part, so that what was measured outlasts an interruption.
 
-    Returns what `benchmark.json` holds. Raises `InputError` where something given cannot be used.
+    Returns what `benchmark.json` holds. Raises `InputError` if something given cannot be used.
     """
     output_dir = Path(args.output_dir)
     check_output_dir(output_dir)
@@ -92,27 +92,27 @@ def measure(args: BenchmarkArguments) -> Results:
 
 
 def growth_rows(rows: Sequence[Row]) -> Iterator[Row]:
-    """How the cost per token of each side of attention grows over the last two doublings of length.
+    """How the cost per token of each variant of attention grows over the last two doublings of length.
 
-    `growth` is the cost per token at the longest length over that at a quarter of it: 1 where cost is linear, 4 where
+    `growth` is the cost per token at the longest length over that at a quarter of it: 1 if cost is linear, 4 if
     it is quadratic.
     """
     longest = max(row["length"] for row in rows if row["part"] == "attention")
     first = longest // _GROWTH_SPAN
     costs = {
-        (row["what"], row["side"], row["length"]): row.get("microseconds_per_token")
+        (row["what"], row["variant"], row["length"]): row.get("microseconds_per_token")
         for row in rows
         if row["part"] == "attention"
     }
-    for what, side in dict.fromkeys((what, side) for what, side, _ in costs):
-        cost, cost_first = (costs.get((what, side, length)) for length in (longest, first))
+    for what, variant in dict.fromkeys((what, variant) for what, variant, _ in costs):
+        cost, cost_first = (costs.get((what, variant, length)) for length in (longest, first))
         missing = [length for length, value in ((first, cost_first), (longest, cost)) if value is None]
         yield {
             "part": "growth",
             "subject": "attention",
             "what": what,
             "length": longest,
-            "side": side,
+            "variant": variant,
             "status": f"not timed at {' and '.join(map(str, missing))} tokens" if missing else OK,
             "growth": cost / cost_first if cost is not None and cost_first is not None else None,
             "growth_from": first,
@@ -129,7 +129,7 @@ def _check_memory_limit(args: BenchmarkArguments, device: torch.device) -> None:
 
 
 def _settings(args: BenchmarkArguments) -> dict[str, Any]:
-    """The settings as the results show them: where things lie on this machine is nobody's business."""
+    """The settings as the results show them. Keep only folder names; results may be published."""
     settings = resolve_settings([args])
     for name in ("output_dir", "model_name_or_path", "text"):
         if settings[name] is not None and Path(settings[name]).is_absolute():
@@ -168,13 +168,15 @@ def _print(rows: Sequence[Row], paths: Sequence[Path], console: Console) -> None
     # Layers one by one are for the files.
     shown = [row for row in rows if row["part"] != "activations" or row["subject"] == ALL_LAYERS]
     for part, in_part in groupby(shown, key=lambda row: row["part"]):
-        table = Table("what", "tokens", Column("side", no_wrap=True), "value", "ratio", "spread", title=_TITLES[part])
-        for (subject, what, length), sides in groupby(in_part, key=lambda row: tuple(map(row.get, _LABELS))):
+        table = Table(
+            "what", "tokens", Column("variant", no_wrap=True), "value", "ratio", "spread", title=_TITLES[part]
+        )
+        for (subject, what, length), variants in groupby(in_part, key=lambda row: tuple(map(row.get, _LABELS))):
             table.add_section()
             name = what.replace("_", " + " if what == FORWARD_BACKWARD else " ")
             labels = [name if subject in ("attention", ALL_LAYERS) else f"{subject} {name}", str(length)]
-            for row in sides:
-                table.add_row(*labels, row["side"], *_cells(row))
+            for row in variants:
+                table.add_row(*labels, row["variant"], *_cells(row))
                 labels = ["", ""]
         console.print(table)
     for path in paths:

@@ -44,7 +44,7 @@ def convert(config: str | Path | Mapping[str, Any] | None = None, **fields: Any)
 
     The converted model is in `output_dir`, which transformers' Auto classes load; the comparison, with report and
     pictures, is in its folder "evaluation". Returns the metrics of the training ("training"), those of the control or
-    None ("control"), and the results of the comparison ("evaluation"). Raises InputError, before work begins where that
+    None ("control"), and the results of the comparison ("evaluation"). Raises InputError, before work begins if that
     can be known, for what cannot be used.
     """
     values = dict(config) if isinstance(config, Mapping) else {} if config is None else read_yaml(config)

@@ -139,7 +139,7 @@ def _check_vocabularies(models: Sequence[CheckedModel], tokens: Tensor, tokenize
             continue
         if load_tokenizer(str(model.folder)).encode(text, add_special_tokens=False) != expected:
             raise InputError(
-                f"the tokenizer of model {model.name!r} splits the text otherwise than the one in use, so "
+                f"the tokenizer of model {model.name!r} splits the text differently from the one in use, so "
                 "the perplexities would not compare; compare models that share one tokenizer"
             )
 

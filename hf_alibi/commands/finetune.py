@@ -211,7 +211,7 @@ def _resume_checkpoint(training: TrainingArguments, console: Console) -> Path | 
         checkpoint = Path(training.resume_from_checkpoint)
         if not is_complete(checkpoint):
             raise InputError(
-                f"{checkpoint} is no complete checkpoint; give another one, or true for the last complete one"
+                f"{checkpoint} is not a complete checkpoint; give another one, or true for the last complete one"
             )
         return checkpoint
     last = last_complete_checkpoint(Path(training.output_dir))
@@ -229,13 +229,13 @@ def _check_output_dir(output_dir: Path, *, resume: bool) -> None:
         check_output_dir(output_dir)
     elif not resume:
         raise InputError(
-            f"output_dir {output_dir} holds an earlier run; choose another folder, or go on with that run by "
+            f"output_dir {output_dir} holds an earlier run; choose another folder, or resume that run with "
             "`--resume_from_checkpoint true`"
         )
 
 
 def _max_steps(args: FinetuneArguments, training: TrainingArguments) -> int | None:
-    """Optimizer steps that `budget_tokens` are enough for; None where no budget is given."""
+    """Optimizer steps that `budget_tokens` are enough for; None if no budget is given."""
     if args.budget_tokens is None:
         return None
     if training.max_steps > 0:

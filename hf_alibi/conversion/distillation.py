@@ -23,7 +23,7 @@ from ..utils import evaluation_mode, progress_bar
 
 __all__ = ["FitSettings", "LayerFit", "check_distillation", "distill_layers"]
 
-# One block of so many is not fitted to and tells how good the fit is.
+# One block in this many is not fitted to and tells how good the fit is.
 _HELD_OUT = 16
 _WARMUP_STEPS = 10
 _LEAST_DEVIATION = 1e-6  # of a channel that is always the same
@@ -53,7 +53,7 @@ class FitSettings:
 
 
 def check_distillation(model: PreTrainedModel, input_ids: Tensor, *, batch_size: int) -> None:
-    """Raise ValueError where the layers of an unconverted `model` cannot be distilled on `input_ids`."""
+    """Raise ValueError if the layers of an unconverted `model` cannot be distilled on `input_ids`."""
     _check_given(model, input_ids, batch_size)
     # What a layer reads besides its hidden states must be the same for all texts.
     with evaluation_mode(model):
@@ -86,7 +86,7 @@ def distill_layers(
         progress: show a bar.
 
     Hidden states of all `input_ids` are kept twice, on the CPU. Returns the error of each layer with attention, before
-    and after. Raises ValueError where `check_distillation` does.
+    and after. Raises ValueError if `check_distillation` does.
     """
     batch_size, bf16 = settings.batch_size, settings.bf16
     _check_given(teacher, input_ids, batch_size)
@@ -220,7 +220,7 @@ class _Seen(NamedTuple):
 def _calls(model: PreTrainedModel, input_ids: Tensor, batch_size: int, bf16: bool) -> list[_Call]:
     """How each decoder layer is called on a batch of blocks.
 
-    Raises ValueError where the layers do not run one after another, or read more of a text than hidden states.
+    Raises ValueError if the layers do not run one after another, or read more of a text than hidden states.
     """
     layers = _decoder_layers(model)
     seen, others = (_look(model, layers, batch) for batch in (input_ids[:batch_size], input_ids[-batch_size:]))

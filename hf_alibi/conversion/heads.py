@@ -66,7 +66,7 @@ def permute_heads(attention: nn.Module, order: Sequence[int]) -> None:
 
 
 def head_parameters(attention: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a self-attention layer by name. Raises ValueError where it has others than are known here."""
+    """The parameters of a self-attention layer by name. Raises ValueError if it has others than are known here."""
     known = {*_QUERY_HEADS, *_KEY_HEADS, *_NO_HEADS, *_QUERY_NORMS, *_KEY_NORMS, *_THREE_IN_ONE}
     parameters = dict(attention.named_parameters())
     unknown = sorted(parameters.keys() - known)

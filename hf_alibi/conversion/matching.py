@@ -34,7 +34,7 @@ def match_heads(model: PreTrainedModel, input_ids: Tensor) -> list[list[int]]:
     Returns the order of each layer: place i has what was head `order[i]`.
 
     Raises ValueError for a converted model, and for layers whose heads cannot be reordered (`permute_heads`); nothing
-    is changed then. Raises RuntimeError where the reordered model computes something else; it is put back then.
+    is changed then. Raises RuntimeError if the reordered model computes something else; it is put back then.
     """
     if is_alibi(model.config):
         raise ValueError(

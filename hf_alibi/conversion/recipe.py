@@ -34,7 +34,7 @@ def convert_model(
         seed: of the distillation.
         progress: show bars.
 
-    Returns what was done, for the metrics of a run. Raises ValueError where the model cannot be converted, or not like
+    Returns what was done, for the metrics of a run. Raises ValueError if the model cannot be converted, or not like
     this; most reasons are found before anything is changed.
     """
     checked_config(model, sink_tokens=recipe.sink_tokens)
@@ -60,7 +60,7 @@ def convert_model(
 
 
 def _first(blocks: Tensor, tokens: int, name: str) -> Tensor:
-    """The first blocks that hold `tokens` tokens; raises ValueError where there are fewer."""
+    """The first blocks that hold `tokens` tokens; raises ValueError if there are fewer."""
     count = -(-tokens // blocks.shape[1])
     if count > len(blocks):
         raise ValueError(f"{name} is {tokens:,}, but there are {blocks.numel():,} tokens of training text")

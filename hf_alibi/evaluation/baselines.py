@@ -167,7 +167,7 @@ class ChosenBaselines(NamedTuple):
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raise `InputError` for names that are no baselines; `all` stands for every one that fits."""
+    """Raise `InputError` for names that are not baselines; `all` stands for every one that fits."""
     allowed = f"{', '.join(BASELINES)}, or {ALL} alone for those that fit each model"
     names = list(names)
     if unknown := [name for name in names if name not in BASELINES and names != [ALL]]:
@@ -177,7 +177,7 @@ def check_names(names: Iterable[str]) -> None:
 def choose(names: Iterable[str], models: Mapping[str, PreTrainedModel], lengths: Lengths) -> dict[str, ChosenBaselines]:
     """Find the baselines of each model; weights are not read, so the models may be on the meta device.
 
-    Raises `InputError` where a name was given that is made for another kind of model than any of these.
+    Raises `InputError` if a name was given that is made for another kind of model than any of these.
     """
     names = list(names)
     chosen = {name: ChosenBaselines({}, {}) for name in models}

@@ -43,7 +43,7 @@ def with_intervals(
         subjects: the models that are compared with all others at each length.
         train_length: each row at a greater length is compared with that of its own line at this length.
 
-    Returns what goes into the results: "rows" with `perplexity_low` and `perplexity_high` (None where there is no
+    Returns what goes into the results: "rows" with `perplexity_low` and `perplexity_high` (None if there is no
     number), "comparisons" and "intervals", how they were made. A comparison has the fields of both rows' keys and the
     `ratio` of the first perplexity to the second with its interval, `ratio_low` and `ratio_high`: a paired one, both
     perplexities being those of the same tokens in each resample.

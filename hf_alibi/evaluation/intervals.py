@@ -29,11 +29,11 @@ _ENTRIES = 2**22
 
 
 def resampling_units(documents: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """Choose what is drawn again and again: documents, or where these are too few, blocks of neighbouring tokens.
+    """Choose what is drawn again and again: documents, or if these are too few, blocks of neighbouring tokens.
 
     `documents`, shape (tokens,), has a number for the document of each token. Returns the number of the unit of each
     token, int64 from 0 without gaps and of the same shape, and a description: "unit", "units" (how many), "documents"
-    and "block_tokens" (None for documents). Blocks have 256 tokens, or fewer where that would make less than 20 blocks.
+    and "block_tokens" (None for documents). Blocks have 256 tokens, or fewer if that would make less than 20 blocks.
     """
     units, found = documents.unique_consecutive(return_inverse=True)
     if len(units) >= FEWEST_DOCUMENTS:

@@ -17,7 +17,7 @@ def peak_bytes(
 ) -> int:
     """Rough upper bound, in bytes, of what a pass over (batch, length) tokens takes beside the weights.
 
-    Counts one layer's activations, the logits with their float32 copy and log-softmax, and, where the
+    Counts one layer's activations, the logits with their float32 copy and log-softmax, and, if the
     attention implementation is "eager", the (batch, heads, length, length) scores with their float32
     softmax.
     """
@@ -41,7 +41,7 @@ def check_memory(
     sliced_logits: bool = True,
     weight_bytes: int = 0,
 ) -> None:
-    """Check that a pass over (batch, length) tokens fits in free memory; raises `InputError` where not.
+    """Check that a pass over (batch, length) tokens fits in free memory; raises `InputError` if not.
 
     `weight_bytes` counts weights that are still to be loaded.
     """

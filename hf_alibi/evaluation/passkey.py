@@ -47,10 +47,10 @@ def evaluate_passkey(
     batch_tokens: int | None = None,
     progress: bool = True,
 ) -> list[PasskeyRow]:
-    """Ask a model for its keys: a case counts where every token of the answer is what greedy generation would give.
+    """Ask a model for its keys: a case counts if every token of the answer is what greedy generation would give.
 
     One forward pass a case with the right answer fed back: the most probable token after each right beginning equals
-    the next right token, for all of them, exactly where greedy generation writes the whole key. Only the logits of the
+    the next right token, for all of them, exactly if greedy generation writes the whole key. Only the logits of the
     answer are computed.
 
     `limit` is the number of positions that the model has (None: no limit); longer lengths get rows without numbers.

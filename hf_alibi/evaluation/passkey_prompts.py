@@ -61,7 +61,7 @@ class PasskeyText:
         `depth` is the share of the filler before the key: 0 at the beginning, 1 right before the question. `turn`, from
         0 to below 1, says where in its round of sentences the filler begins.
 
-        Raises `InputError` where the parts alone are longer than `length`.
+        Raises `InputError` if the parts alone are longer than `length`.
         """
         # The answer is given with the same tokens as in the text, whatever the tokenizer makes of its neighbours.
         answer = self._encode(f" {key}")
@@ -100,7 +100,7 @@ class PasskeyProbe:
     seed: int = 0
 
     def check(self, text: PasskeyText) -> None:
-        """Raise `InputError` where a length is too short for some of the keys."""
+        """Raise `InputError` if a length is too short for some of the keys."""
         shortest = text.shortest()
         if min(self.lengths) < shortest:
             raise InputError(
@@ -128,7 +128,7 @@ def passkey_training_tokens(
 
     Their keys are never those of a `PasskeyProbe`, their depths any, their lengths spread up to the block.
 
-    Returns int64 of shape (blocks * block_size,). Raises `InputError` where a block is too short for a case.
+    Returns int64 of shape (blocks * block_size,). Raises `InputError` if a block is too short for a case.
     """
     text = PasskeyText(tokenizer, bos_token_id)
     shortest = text.shortest() + 1  # with the end-of-sequence token

@@ -263,7 +263,7 @@ def _plan_losses(
 def _logits_follow_from_hidden_states(model: PreTrainedModel, tokens: Tensor) -> bool:
     """Whether logits are exactly the output embeddings applied to the last hidden states.
 
-    Not so where logits are capped, scaled or computed by a wrapper. Cap and scale are nearly the identity
+    Not so if logits are capped, scaled or computed by a wrapper. Cap and scale are nearly the identity
     on small logits, so nothing but rounding is tolerated.
     """
     ids = tokens[None, : min(16, len(tokens))].to(model.device)
@@ -327,5 +327,5 @@ def _check_finite(losses: Tensor, *, name: str, length: int) -> None:
     if wrong or float(losses.double().mean()) > _MAX_NATS:
         what = f"{wrong} of {len(losses)} losses are NaN or infinite" if wrong else "the perplexity overflows"
         raise InputError(
-            f"model {name!r}: {what} at length {length}; check its weights, or use dtype float32 where it overflows"
+            f"model {name!r}: {what} at length {length}; check its weights, or use dtype float32 if it overflows"
         )

@@ -22,7 +22,7 @@ NO_MODEL = "none"
 
 @dataclass(kw_only=True)
 class ComparisonArguments:
-    """How models are compared, in a conversion too."""
+    """How models are compared, also in a conversion."""
 
     lengths: list[int] | None = field(
         default=None, metadata={"help": "Evaluation lengths in tokens. Default: the training length x 1 2 4 8 16."}
@@ -147,7 +147,7 @@ class ControlArguments(ComparisonArguments):
 
     control: bool = field(
         default=False,
-        metadata={"help": "Train the unconverted model on the same text too, and compare with that."},
+        metadata={"help": "Also train the unconverted model on the same text, and compare with that."},
     )
     control_learning_rate: float | None = field(
         default=None,

@@ -41,7 +41,7 @@ def has_no_positions(config: PreTrainedConfig) -> bool:
 
 
 def text_decoder(model: PreTrainedModel) -> nn.Module:
-    """The part of `model` that reads and writes text from left to right; `model` itself where it is nothing else."""
+    """The part of `model` that reads and writes text from left to right; `model` itself if it is nothing else."""
     decoder = model
     while True:
         inner: Any = decoder.get_decoder()

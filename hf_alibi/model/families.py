@@ -79,7 +79,7 @@ def stock_type(config: Any) -> str:
 
 
 def refusal(config: Any) -> str | None:
-    """Why a model of this config, or its ALiBi form, is not converted; None where nothing speaks against it."""
+    """Why a model of this config, or its ALiBi form, is not converted; None if nothing speaks against it."""
     model_type = stock_type(config)
     if model_type == "falcon" and config.alibi:
         return _OWN_BIAS
@@ -112,7 +112,7 @@ class FamilyTable:
         return "\n".join(lines)
 
     def markdown(self) -> str:
-        """The table of the README."""
+        """The table of docs/families.md."""
         rows = [
             f"| {prefix}{what} | {_names(table, what, quote='`')} |"
             for prefix, table in (("", self.supported), ("refused: ", self.refused))

@@ -28,7 +28,7 @@ class LayerConfig:
 
     The `alibi_*` fields are read from the config of the whole language model, everything else is read from, and set
     on, the layer's own (some decoders have a copy). So mask builders, `generate` and every other part of transformers
-    see the standard name, and switching it later still gives ALiBi, or an error where a name has no ALiBi form.
+    see the standard name, and switching it later still gives ALiBi, or an error if a name has no ALiBi form.
     """
 
     def __init__(self, config: Any, alibi: Any) -> None:
@@ -90,7 +90,7 @@ def install_alibi(
 
     Args:
         model: freshly built, or unconverted with its config replaced.
-        model_class: gives the ALiBi form of a class of transformers, None where there is none.
+        model_class: gives the ALiBi form of a class of transformers, None if there is none.
 
     Installing twice changes nothing, so a model may be built of parts that did it already.
     """
@@ -122,7 +122,7 @@ def install_alibi(
         convert_own_attention(attention)
         config = vars(attention).get("config", own)
         if not isinstance(config, LayerConfig):
-            # Past the types of torch: a config is no tensor and no module.
+            # Past torch's own attributes: a config is neither a tensor nor a module.
             attention.__dict__["config"] = LayerConfig(config, alibi)
 
 
@@ -137,7 +137,7 @@ def _of_any_length(embeddings: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 
 @contextmanager
 def undone_on_error(model: PreTrainedModel) -> Iterator[None]:
-    """Where the body raises, every module of `model` gets its class, attributes and parts back."""
+    """If the body raises, every module of `model` gets its class, attributes and parts back."""
     before = [(module, type(module), _attributes(module)) for module in model.modules()]
     try:
         yield

@@ -24,7 +24,7 @@ def load_complete(
 ) -> PreTrainedModel:
     """Load the causal language model `source`, a folder or a hub name, in evaluation mode on the CPU.
 
-    `name` is what messages call it. Raises InputError where it cannot be loaded, or lacks weights.
+    `name` is what messages call it. Raises InputError if it cannot be loaded, or lacks weights.
     """
     try:
         model, report = AutoModelForCausalLM.from_pretrained(

@@ -58,7 +58,7 @@ class AlibiModel:
         install_alibi(self, model_class)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As any model's. Raises ValueError where a cache does not fit: see the messages."""
+        """As any model's. Raises ValueError if a cache does not fit: see the messages."""
         name = self.config._attn_implementation
         if any(isinstance(value, AlibiCache) for value in kwargs.values()):
             types = getattr(text_config(self.config), "layer_types", None) or ()
@@ -101,7 +101,7 @@ class AlibiModel:
         if own or stock_type(text_config(self.config)) in WITHOUT_PAGED_CACHE:
             raise ValueError(
                 f"{type(self).__name__} has no continuous batching: its attention layers do not use the paged cache "
-                "rightly, unconverted neither; use generate"
+                "correctly, converted or not; use generate"
             )
         old_way = getattr(generation_config or self.generation_config, "continuous_batching_config", None)
         config = copy(continuous_batching_config or old_way or transformers.ContinuousBatchingConfig())
@@ -134,7 +134,7 @@ class AlibiModel:
     ) -> None:
         """As any model's.
 
-        With `export_remote_code` the checkpoint brings along the code it needs, and loads without this package where
+        With `export_remote_code` the checkpoint brings along the code it needs, and loads without this package if
         `trust_remote_code=True` is given.
         """
         with saving_code(self, save_directory, export_remote_code, is_main_process):

@@ -32,17 +32,16 @@ def apply_alibi(model: Model, *, slopes: Sequence[float] | None = None, sink_tok
     Args:
         model: of a family in `supported_families()`, with any head. Wrap it (PEFT, compile) afterwards.
         slopes: one for each head, logits per token of distance; None for the paper's. All zeros mean no positions.
-        sink_tokens: so many tokens at the beginning of each sequence carry no bias as keys, for any query and head:
+        sink_tokens: how many tokens at the beginning of each sequence carry no bias as keys, for any query and head:
             pretrained models rest much of their attention there (Xiao et al. 2023, arXiv 2309.17453). Distances of all
             other keys stay what they are. 0 is the paper's ALiBi.
 
     Returns `model`.
 
-    Raises TypeError for what is no `PreTrainedModel`, and sink tokens that are no int; ValueError for a family or class
-    that has no ALiBi form, a model that is converted already, an attention implementation without ALiBi form, slopes
-    that do not fit the heads, a negative number of sink tokens, and any in a model with layers that see a window or a
-    chunk only, or beside `flash_attention_2`; ImportError for `flash_attention_2` without flash-attn. After an error
-    the model is as it was.
+    Raises TypeError for anything but a `PreTrainedModel`, and for sink tokens that are not an int; ValueError for a
+    family, class or attention implementation without ALiBi form, a model that is converted already, slopes that do not
+    fit the heads, and sink tokens that are negative, in a model whose layers see a window or a chunk only, or beside
+    `flash_attention_2`; ImportError for `flash_attention_2` without flash-attn. After an error the model is as it was.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -78,7 +77,7 @@ def _replace_configs(model: PreTrainedModel, replaced: dict[int, PreTrainedConfi
 
 
 def _prove(model: PreTrainedModel, model_type: str) -> None:
-    """Raise ValueError where a model of a type that was never tested does not verify."""
+    """Raise ValueError if a model of a type that was never tested does not verify."""
     try:
         verify_alibi(model)
     except Exception as error:
@@ -96,7 +95,7 @@ def checked_config(model: PreTrainedModel, *, slopes: Sequence[float] | None = N
     check_family(stock)
     if model_class(type(model)) is None:
         raise ValueError(
-            f"no ALiBi form of {type(model).__module__}.{type(model).__name__}: it is no class of transformers' own"
+            f"no ALiBi form of {type(model).__module__}.{type(model).__name__}: it is not a class of transformers"
         )
     check_attention(model)
     check_backend(text_config(stock)._attn_implementation, sink_tokens)

@@ -150,7 +150,7 @@ def _expected_slopes(layer: nn.Module, call: _Call, context: Tensor) -> Tensor:
 
 
 def _compare(name: str, layer: nn.Module, call: _Call, mask: Tensor) -> float:
-    """The layer's largest error against dense float64 attention; raises where it is more than rounding."""
+    """The layer's largest error against dense float64 attention; raises if it is more than rounding."""
     query, key, value = call.query.double(), call.key.double(), call.value.double()
     key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], dim=1) for states in (key, value))
     position = mask.cumsum(dim=-1)
@@ -189,7 +189,7 @@ def _compare(name: str, layer: nn.Module, call: _Call, mask: Tensor) -> float:
 def _measured_slopes(name: str, layer: nn.Module, call: _Call) -> tuple[float, ...]:
     """Slopes read off the layer's attention: with equal logits, one token of distance costs exactly the slope.
 
-    Raises where they are not those of the config, or where sink tokens cost anything.
+    Raises if they are not those of the config, or if sink tokens cost anything.
     """
     heads = call.query.shape[1]
     config: Any = layer.config

@@ -1,4 +1,4 @@
-"""Lets weights that checkpoints hold in another form than models be converted for ALiBi models too."""
+"""Lets weights that checkpoints hold in another form than models be converted for ALiBi models."""
 
 from .compat import checkpoint_conversions
 
@@ -8,7 +8,7 @@ __all__ = ["register_conversions"]
 def register_conversions() -> None:
     """Let weights be renamed and merged while ALiBi models load, and back while they save, as in what they convert.
 
-    Experts of most families, among others, stand in checkpoints otherwise than in models. transformers looks up what
+    Checkpoints hold the experts of most families, among others, in another form than models. transformers looks up what
     to do by the name of a class or by model type, and what it does not find it leaves newly initialized. Calling it
     again changes nothing.
     """

@@ -7,11 +7,11 @@ from typing import Any
 from .results import Results
 
 __all__ = [
+    "curve",
+    "curve_name",
+    "curves",
     "format_interval",
     "format_value",
-    "line",
-    "line_name",
-    "lines",
     "listed",
     "markdown_table",
     "protocol_lengths",
@@ -58,21 +58,21 @@ def protocol_lengths(results: Results, protocol: str) -> list[int]:
     return sorted({row["length"] for row in results["rows"] if row["protocol"] == protocol})
 
 
-def lines(results: Results) -> list[tuple[str, str]]:
+def curves(results: Results) -> list[tuple[str, str]]:
     """Models with their contexts, each baseline right after its model."""
     pairs = dict.fromkeys((row["model"], row["context"]) for row in results["rows"])
     models = list(dict.fromkeys(model for model, _ in pairs))
     return sorted(pairs, key=lambda pair: models.index(pair[0]))
 
 
-def line(results: Results, model: str, protocol: str, context: str) -> list[Mapping[str, Any]]:
+def curve(results: Results, model: str, protocol: str, context: str) -> list[Mapping[str, Any]]:
     """Rows of one model, protocol and context, shortest length first."""
     wanted = {"model": model, "protocol": protocol, "context": context}
     rows = [row for row in results["rows"] if wanted.items() <= row.items()]
     return sorted(rows, key=lambda row: row["length"])
 
 
-def line_name(results: Results, model: str, context: str) -> str:
+def curve_name(results: Results, model: str, context: str) -> str:
     """What a model in a context is called: the model alone, "..., cropped to 256", or with the label of a baseline."""
     if context == "full":
         return model
@@ -87,7 +87,7 @@ def times(length: int, train_length: int) -> str:
 
 
 def format_value(value: float | None) -> str:
-    """Four significant digits and at most three decimals, or a hyphen where there is no number.
+    """Four significant digits and at most three decimals, or a hyphen if there is no number.
 
     >>> format_value(6.0), format_value(19.7321), format_value(1330.4), format_value(None)
     ('6.000', '19.73', '1330', '-')

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..evaluation.intervals import share_difference
-from .curves import format_interval, format_value, line, line_name, lines, listed, protocols, times
+from .curves import curve, curve_name, curves, format_interval, format_value, listed, protocols, times
 from .results import Results
 
 __all__ = ["NOT_SHOWN", "findings", "price"]
@@ -167,7 +167,7 @@ def _against_the_best(results: Results, model: str, original: str, protocol: str
         length = one.entry["length"]
         if one.entry["against_model"] == original and one.entry["against_length"] == length:
             best[length] = max(best.get(length, one), one, key=lambda found: found.entry["ratio"])
-    lengths = [row["length"] for row in line(results, model, protocol, "full") if row["status"] == "ok"]
+    lengths = [row["length"] for row in curve(results, model, protocol, "full") if row["status"] == "ok"]
     alone = [length for length in lengths if length not in best]
     by_outcome = {
         outcome: [length for length in lengths if length in best and best[length].outcome == outcome]
@@ -177,12 +177,12 @@ def _against_the_best(results: Results, model: str, original: str, protocol: str
     parts = [f"{words[outcome]} {listed(at)}" for outcome, at in by_outcome.items() if at]
     if alone:
         parts.append(f"is alone at {listed(alone)}, where **{original}** cannot run")
-    forms = [line_name(results, *pair) for pair in lines(results) if pair[0] == original and pair[1] != "full"]
+    forms = [curve_name(results, *pair) for pair in curves(results) if pair[0] == original and pair[1] != "full"]
     others = ", ".join(["itself", *(name.removeprefix(f"{original}, ") for name in forms)])
     last = best.get(lengths[-1])
     closing = ""
     if last is not None:
-        rival = line_name(results, original, last.entry["against_context"])
+        rival = curve_name(results, original, last.entry["against_context"])
         closing = (
             f"; at {lengths[-1]} that is **{rival}**, and the perplexity of **{model}** is {last.ratio} times its "
             f"({last.values})"

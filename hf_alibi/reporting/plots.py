@@ -11,7 +11,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import InputError
-from .curves import line, line_name, lines, protocols, stride_words
+from .curves import curve, curve_name, curves, protocols, stride_words
 from .results import Results, replacing
 
 if TYPE_CHECKING:
@@ -65,12 +65,12 @@ def perplexity_by_length(results: Results, path: Path) -> None:
     rows, settings = results["rows"], results["settings"]
     colours = _colours(row["model"] for row in rows)
     styles = _styles(results)
-    figure = _figure(width=5.6 * len(protocols(results)), height=4.4 + 0.2 * len(lines(results)) / 2)
+    figure = _figure(width=5.6 * len(protocols(results)), height=4.4 + 0.2 * len(curves(results)) / 2)
     panels = figure.subplots(1, len(protocols(results)), sharey=True, squeeze=False)[0]
     for panel, protocol in zip(panels, protocols(results), strict=True):
-        for model, context in lines(results):
-            drawn = line(results, model, protocol, context)
-            _draw_lengths(panel, drawn, line_name(results, model, context), colours[model], styles[model, context])
+        for model, context in curves(results):
+            drawn = curve(results, model, protocol, context)
+            _draw_lengths(panel, drawn, curve_name(results, model, context), colours[model], styles[model, context])
         stride = f", stride {stride_words(results)}" if protocol == "sliding" else ""
         panel.set_title(_TITLES.get(protocol, protocol) + stride, fontsize=11)
         _length_axis(panel, sorted({row["length"] for row in rows}), settings["train_length"])
@@ -83,12 +83,12 @@ def perplexity_by_length(results: Results, path: Path) -> None:
 
 def _styles(results: Results) -> dict[tuple[str, str], _Style]:
     """Give every model in every context its style; the baselines of each model take theirs in turn."""
-    unused = {model: cycle(_BASELINE_STYLES) for model, _ in lines(results)}
-    return {(model, context): _STYLES.get(context) or next(unused[model]) for model, context in lines(results)}
+    unused = {model: cycle(_BASELINE_STYLES) for model, _ in curves(results)}
+    return {(model, context): _STYLES.get(context) or next(unused[model]) for model, context in curves(results)}
 
 
 def _draw_lengths(panel: Axes, rows: Sequence[Mapping[str, Any]], label: str, colour: str, style: _Style) -> None:
-    """Draw one model in one context; a cross ends it where the model cannot run at the next length."""
+    """Draw one model in one context; a cross ends it if the model cannot run at the next length."""
     shown = [row for row in rows if row["perplexity"] is not None]
     stopped = [row for row in rows if row["perplexity"] is None]
     lengths, perplexities, low, high = (
@@ -147,7 +147,7 @@ def passkey_map(results: Results, path: Path) -> None:
                 text = "–" if math.isnan(share) else f"{share:.0%}"
                 panel.text(x, y, text, ha="center", va="center", fontsize=8, color="black" if share > 0.6 else "white")
         panel.set_facecolor("0.6")
-        panel.set_title("\n".join(wrap(line_name(results, model, context), _MAP_TITLE)), fontsize=9)
+        panel.set_title("\n".join(wrap(curve_name(results, model, context), _MAP_TITLE)), fontsize=9)
         panel.set_xticks(range(len(probe["lengths"])), map(str, probe["lengths"]), rotation=45, fontsize=8)
         panel.tick_params(labelbottom=index + columns >= len(names))
         panel.set_yticks(range(len(probe["depths"])), [f"{depth:.0%}" for depth in probe["depths"]], fontsize=8)
@@ -171,14 +171,14 @@ def loss_by_position(results: Results, path: Path) -> None:
     figure = _figure(width=7.0, height=4.4)
     panel = figure.subplots()
     values = []
-    for model, curve in curves.items():
+    for model, found in curves.items():
         # The geometric middle of a bin is its middle on the logarithmic axis.
-        middles = [math.sqrt(point["first"] * point["last"]) for point in curve["bins"]]
-        nats = [point["nats_per_token"] for point in curve["bins"]]
+        middles = [math.sqrt(point["first"] * point["last"]) for point in found["bins"]]
+        nats = [point["nats_per_token"] for point in found["bins"]]
         values += nats
-        label = f"{model} ({curve['windows']} window{'' if curve['windows'] == 1 else 's'} of {curve['length']} tokens)"
+        label = f"{model} ({found['windows']} window{'' if found['windows'] == 1 else 's'} of {found['length']} tokens)"
         panel.plot(middles, nats, "-o", color=colours[model], markersize=3, label=label)
-    longest = max((curve["length"] for curve in curves.values()), default=settings["train_length"])
+    longest = max((found["length"] for found in curves.values()), default=settings["train_length"])
     _length_axis(panel, _powers_of_two(max(longest, settings["train_length"])), settings["train_length"])
     panel.set_xlabel("position in the window (tokens of context before the target)")
     panel.set_ylabel("loss (nats per token)")
@@ -217,20 +217,20 @@ def loss_curve(metrics: Mapping[str, Any], path: Path) -> None:
 
 
 def cost_by_length(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the cost per token of attention and its ratio to the first side against length, as a PNG at `path`.
+    """Draw the cost per token of attention and its ratio to the first variant against length, as a PNG at `path`.
 
-    `rows` are those of a benchmark's part "attention": one line a side, dashed with the backward pass. A side that
-    was not run at a length has no point there. The ratio's band is its quartiles.
+    `rows` are those of a benchmark's part "attention": one line a variant, dashed with the backward pass. A
+    variant that was not run at a length has no point there. The ratio's band is its quartiles.
     """
-    colours = _colours(row["side"] for row in rows)
+    colours = _colours(row["variant"] for row in rows)
     figure = _figure(width=11.2, height=4.8)
     cost, ratio = figure.subplots(1, 2)
-    for side, colour in colours.items():
+    for variant, colour in colours.items():
         for what, style in (("forward", "-o"), ("forward_backward", "--o")):
-            shown = [row for row in rows if _is(row, side=side, what=what, status="ok")]
+            shown = [row for row in rows if _is(row, variant=variant, what=what, status="ok")]
             if not shown:
                 continue
-            label = side if what == "forward" else f"{side}, with backward"
+            label = variant if what == "forward" else f"{variant}, with backward"
             lengths = [row["length"] for row in shown]
             cost.plot(
                 lengths,
@@ -280,7 +280,7 @@ def loss_by_row(results: Results, path: Path) -> None:
 
 
 def require_matplotlib() -> None:
-    """Raise `InputError` where matplotlib is not installed, before a run that ends in plots begins."""
+    """Raise `InputError` if matplotlib is not installed, before a run that ends in plots begins."""
     if find_spec("matplotlib") is None:
         raise InputError("plots need matplotlib; install it with pip install 'hf-alibi[plots]'")
 
@@ -334,7 +334,7 @@ def _length_axis(panel: Axes, ticks: Sequence[int], train_length: int | None = N
 
 
 def _value_axis(panel: Axes, values: Sequence[float]) -> None:
-    """Make y logarithmic, with plain numbers, where a linear axis would squash most of the values."""
+    """Make y logarithmic, with plain numbers, if a linear axis would squash most of the values."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     if not values or min(values) <= 0 or max(values) / min(values) < _LOG_RATIO:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from .curves import (
+    curve,
+    curve_name,
+    curves,
     format_interval,
-    line,
-    line_name,
-    lines,
     listed,
     markdown_table,
     protocol_lengths,
@@ -65,25 +65,25 @@ _INTERVALS = {
     "blocks": (
         "blocks of {block_tokens} neighbouring tokens drawn with replacement, {units} of them (documents in the scored "
         "tokens: {documents}, too few to draw from; blocks of one document resemble each other, so that these "
-        "intervals are rather too narrow)"
+        "intervals are somewhat too narrow)"
     ),
 }
 
 _PASSKEY = (
     "A number of five digits stands in filler text, at a depth from 0 % (the beginning) to 100 % (right before the "
     "question), and the prompt ends with the question for it; prompt and answer are exactly as long as said. A case "
-    "counts where greedy generation gives the whole number. {cases} cases for each length and depth, the same ones for "
+    "counts if greedy generation gives the whole number. {cases} cases for each length and depth, the same ones for "
     "every model. In brackets: Wilson's 95 % interval."
 )
 
 _LIMITS = (
     "A flat perplexity curve shows that length does no harm. It is not long-context use: a model that "
-    "ignored everything beyond the training length would have one too. Whether distant facts are found "
+    "ignored everything beyond the training length would have one as well. Whether distant facts are found "
     "takes a retrieval test.",
     "The intervals are about the choice of text: how far the numbers would move with other documents like these. The "
     "seed of the training can move them as much and is not in them: this is one run on one text. Of twenty comparisons "
     "without any difference, one on average shows one.",
-    "Perplexities compare only between models with the same tokenizer; bits per byte compare between tokenizers too.",
+    "Perplexities compare only between models with the same tokenizer; bits per byte also compare between tokenizers.",
     "Where documents are shorter than the window, the added context is other documents.",
 )
 
@@ -100,7 +100,7 @@ _PASSKEY_LIMITS = {
 def write_report(results: Results, folder: Path) -> list[Path]:
     """Write `report.md` and `report.html` of an extrapolation run into `folder`; returns both paths.
 
-    The pictures lie beside them: `perplexity.png`, `position_loss.png`, and `passkey.png` where the probe was run. The
+    The pictures lie beside them: `perplexity.png`, `position_loss.png`, and `passkey.png` if the probe was run. The
     page has them inside.
     """
     text = "\n\n".join(_sections(results)) + "\n"
@@ -118,12 +118,12 @@ def table_rows(
 
     With `intervals` the fields `<value>_low` and `<value>_high` follow in brackets.
     """
-    for model, context in lines(results):
+    for model, context in curves(results):
         cells = []
-        for row in line(results, model, protocol, context):
+        for row in curve(results, model, protocol, context):
             ends = (row[f"{value}_low"], row[f"{value}_high"]) if intervals else (None, None)
             cells.append(format_interval(row[value], *ends) if row["status"] == "ok" else "cannot run")
-        yield line_name(results, model, context), cells
+        yield curve_name(results, model, context), cells
 
 
 def passkey_rows(results: Results) -> Iterator[tuple[str, list[str]]]:
@@ -131,7 +131,7 @@ def passkey_rows(results: Results) -> Iterator[tuple[str, list[str]]]:
     rows = [row for row in results["passkey"]["rows"] if row["depth"] is None]
     for model, context in dict.fromkeys((row["model"], row["context"]) for row in rows):
         cells = [_share(row) for row in rows if (row["model"], row["context"]) == (model, context)]
-        yield line_name(results, model, context), cells
+        yield curve_name(results, model, context), cells
 
 
 def _share(row: Mapping[str, Any]) -> str:
@@ -213,14 +213,14 @@ def _ratios(results: Results) -> Iterator[str]:
     lengths, title = protocol_lengths(results, protocol), protocol_title(results, protocol).lower()
     for model in dict.fromkeys(entry["model"] for entry in entries):
         cells = []
-        for other in lines(results):
+        for other in curves(results):
             found = {
                 entry["length"]: format_interval(entry["ratio"], entry["ratio_low"], entry["ratio_high"])
                 for entry in entries
                 if (entry["model"], entry["against_model"], entry["against_context"]) == (model, *other)
             }
             if found:
-                cells.append([line_name(results, *other), *(found.get(length, "-") for length in lengths)])
+                cells.append([curve_name(results, *other), *(found.get(length, "-") for length in lengths)])
         yield (
             f"Perplexity of **{model}** divided by that of another model at the same length, {title} (below 1: it is "
             "better), in brackets the paired 95 % interval:"
@@ -316,7 +316,7 @@ def _environment(results: Results) -> str:
         f"Lengths {', '.join(map(str, settings['lengths']))}; {settings['scored_tokens']} tokens scored; "
         f"stride {stride_words(results)}. Intervals: {intervals['level']:.0%} percentile bootstrap, "
         f"{intervals['resamples']} resamples, {resampling}; ratios are paired, both perplexities being "
-        "those of the same tokens. All numbers are in `results.json`, the perplexities in `results.csv` too."
+        "those of the same tokens. All numbers are in `results.json`, the perplexities also in `results.csv`."
     )
 
 

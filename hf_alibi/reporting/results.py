@@ -52,7 +52,7 @@ def environment(*, seed: int | None = None) -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    """Version of an installed package, None where it is not installed."""
+    """Version of an installed package, None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -75,7 +75,7 @@ def _git_commit(folder: Path) -> str | None:
 def check_output_dir(folder: Path) -> None:
     """Check that a run may write into `folder`: new or empty, and writable. Creates nothing.
 
-    Raises `InputError` where not.
+    Raises `InputError` if not.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {folder} is a file; give a new or empty folder")
@@ -92,7 +92,7 @@ def check_output_dir(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; it takes the place of `path` at the end, or goes on an error.
+    """Yield a temporary name beside `path`; it takes the place of `path` at the end, or is removed on an error.
 
     So a reader sees the old file or the complete new one, never half of it.
     """

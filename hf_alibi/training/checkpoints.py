@@ -1,4 +1,4 @@
-"""Trainer's checkpoints: from which of them a run can go on exactly."""
+"""Trainer's checkpoints: from which of them a run can resume exactly."""
 
 import json
 import zipfile
@@ -14,7 +14,7 @@ _RESUME_FILES = ("*model*", "optimizer*", "scheduler*", "rng_state*")
 
 
 def last_complete_checkpoint(output_dir: Path) -> Path | None:
-    """Return the newest `checkpoint-N` from which a run can go on exactly; None where there is none.
+    """Return the newest `checkpoint-N` from which a run can resume exactly; None if there is none.
 
     A process that is killed while it saves leaves a partial one behind: it is passed over.
     """
@@ -24,7 +24,7 @@ def last_complete_checkpoint(output_dir: Path) -> Path | None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a run can go on exactly from here: every file that takes is there and can be read to its end."""
+    """Whether a run can resume exactly from here: every file that takes is there and can be read to its end."""
     if not all(any(checkpoint.glob(pattern)) for pattern in _RESUME_FILES):
         return False
     try:

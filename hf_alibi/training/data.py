@@ -120,7 +120,7 @@ def load_tokens(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Toke
     Without `validation_file` the last `validation_fraction` of the stream is held out. Of equal documents,
     also across the two parts, the first is kept. The passkey dataset is held out in whole blocks.
 
-    Raises InputError for what `load_documents` refuses, and where no text is left.
+    Raises InputError for what `load_documents` refuses, and if no text is left.
     """
     if args.dataset_name == PASSKEY and args.train_file is None:
         return _load_passkeys(args, tokenizer)
@@ -142,7 +142,7 @@ def load_tokens(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Toke
 def pack_blocks(tokens: Tensor, block_size: int, *, name: str = "the text") -> TokenBlocks:
     """Cut a 1-D stream of tokens into blocks of `block_size`; `name` says in errors which stream it is.
 
-    Raises InputError for not even one block can be filled.
+    Raises InputError if not even one block can be filled.
     """
     if tokens.numel() < block_size:
         raise InputError(

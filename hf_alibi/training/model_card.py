@@ -82,7 +82,7 @@ def _what_training_adds(config: dict[str, Any]) -> str:
 
 
 def _recipe(config: dict[str, Any]) -> list[str]:
-    """What was done before training, beside putting ALiBi in; no line where nothing was."""
+    """What was done before training, beside putting ALiBi in; no line if nothing was."""
     parts = []
     if config["match_tokens"]:
         parts.append(f"heads matched to slopes on {config['match_tokens']:,} tokens")

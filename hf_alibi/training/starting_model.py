@@ -27,7 +27,7 @@ def load_model(
     """Load or build the model of a run, as it is before `args.attention` is given to it.
 
     A fresh model takes vocabulary size and special tokens from `tokenizer`; `checkpoint` is one of this run, to be
-    taken instead of the model it started from. Raises InputError where the model cannot be loaded or built, or
+    taken instead of the model it started from. Raises InputError if the model cannot be loaded or built, or
     contradicts `args.attention` or the recipe.
     """
     if checkpoint is not None or args.model_name_or_path is not None:
@@ -51,7 +51,7 @@ def load_model(
 
 
 def load_teacher(args: FinetuneArguments, model: PreTrainedModel) -> PreTrainedModel | None:
-    """Load the model whose predictions `model` learns; raises InputError where it has other tokens or is too short."""
+    """Load the model whose predictions `model` learns; raises InputError if it has other tokens or is too short."""
     source = args.teacher_name_or_path
     if source is None:
         return None

@@ -1,4 +1,4 @@
-"""transformers' Trainer as this package runs it: it stops where a number is not finite, and prints one line a log."""
+"""transformers' Trainer as this package runs it: it stops if a number is not finite, and prints one line a log."""
 
 import math
 from collections import defaultdict
@@ -178,7 +178,7 @@ class _CheckpointGuard(TrainerCallback):
 
 
 class _Progress(ProgressCallback):
-    """Trainer's progress bar, with one short line where Trainer prints a dictionary."""
+    """Trainer's progress bar, with one short line instead of a dictionary."""
 
     def on_log(
         self,
@@ -195,7 +195,7 @@ class _Progress(ProgressCallback):
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raise InputError where a weight is NaN or infinite."""
+    """Raise InputError if a weight is NaN or infinite."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise _non_finite(f"the weight {name} is not finite")

@@ -1,4 +1,4 @@
-"""Ratios are computed right, sides do what they say, and a run leaves every row; no speed is tested."""
+"""Ratios are computed right, variants do what they say, and a run leaves every row; no speed is tested."""
 
 import json
 from contextlib import contextmanager
@@ -25,18 +25,18 @@ from hf_alibi.reporting.plots import cost_by_length
 
 CPU = torch.device("cpu")
 FLEX = "flex_attention"
-SIDES = ["causal", "sdpa", "dense_bias", "eager", FLEX]
+VARIANTS = ["causal", "sdpa", "dense_bias", "eager", FLEX]
 
 
 class Machine:
-    """Fake sides on a fake clock: a side takes as long as it says, times what the machine does meanwhile."""
+    """Fake variants on a fake clock: a variant takes as long as it says, times what the machine does meanwhile."""
 
     def __init__(self, load=lambda call: 1.0):
         self.now = 0.0
         self.calls = []
         self.load = load
 
-    def side(self, name, *seconds):
+    def variant(self, name, *seconds):
         def run():
             times = self.calls.count(name)
             self.now += seconds[times % len(seconds)] * self.load(len(self.calls))
@@ -49,31 +49,31 @@ class Machine:
 
 
 def by_side(rows):
-    return {row["side"]: row for row in rows}
+    return {row["variant"]: row for row in rows}
 
 
 def test_a_side_twice_as_slow_is_twice_as_slow():
     machine = Machine()
-    rows = machine.watch(3).compare({"a": machine.side("a", 0.5), "b": machine.side("b", 1.0)}, baseline="a")
+    rows = machine.watch(3).compare({"a": machine.variant("a", 0.5), "b": machine.variant("b", 1.0)}, baseline="a")
     assert machine.calls == ["a", "b"] * 4
     a, b = rows
-    assert (a["side"], a["seconds"], a["ratio"]) == ("a", 0.5, 1.0)
-    assert (b["side"], b["seconds"], b["ratio"], b["ratio_low"], b["ratio_high"]) == ("b", 1.0, 2.0, 2.0, 2.0)
+    assert (a["variant"], a["seconds"], a["ratio"]) == ("a", 0.5, 1.0)
+    assert (b["variant"], b["seconds"], b["ratio"], b["ratio_low"], b["ratio_high"]) == ("b", 1.0, 2.0, 2.0, 2.0)
     assert (b["status"], b["repeats"], b["times"]) == (OK, 3, [1.0] * 3)
 
 
 def test_a_machine_that_becomes_slower_changes_no_ratio():
     machine = Machine(load=lambda call: 1.0 + call // 2)  # a round more, a unit slower
-    sides = {"a": machine.side("a", 1.0), "b": machine.side("b", 2.0)}
-    b = by_side(machine.watch(5).compare(sides, baseline="a"))["b"]
+    variants = {"a": machine.variant("a", 1.0), "b": machine.variant("b", 2.0)}
+    b = by_side(machine.watch(5).compare(variants, baseline="a"))["b"]
     assert b["times"] == [4.0, 6.0, 8.0, 10.0, 12.0]
     assert (b["seconds"], b["ratio"], b["ratio_low"], b["ratio_high"]) == (8.0, 2.0, 2.0, 2.0)
 
 
 def test_the_ratio_is_the_median_of_those_of_the_rounds():
     machine = Machine()
-    sides = {"a": machine.side("a", 99.0, 1.0, 2.0, 10.0), "b": machine.side("b", 99.0, 4.0, 2.0, 5.0)}
-    b = by_side(machine.watch(3).compare(sides, baseline="a"))["b"]
+    variants = {"a": machine.variant("a", 99.0, 1.0, 2.0, 10.0), "b": machine.variant("b", 99.0, 4.0, 2.0, 5.0)}
+    b = by_side(machine.watch(3).compare(variants, baseline="a"))["b"]
     assert b["times"] == [4.0, 2.0, 5.0]  # the first round does not count
     assert b["seconds"] == 4.0
     # Of 4, 1 and 0.5; the ratio of the medians would be 2.
@@ -82,19 +82,19 @@ def test_the_ratio_is_the_median_of_those_of_the_rounds():
 
 def test_one_round_is_its_own_spread():
     machine = Machine()
-    rows = machine.watch(1).compare({"a": machine.side("a", 1.0), "b": machine.side("b", 3.0)}, baseline="a")
+    rows = machine.watch(1).compare({"a": machine.variant("a", 1.0), "b": machine.variant("b", 3.0)}, baseline="a")
     assert [(row["ratio_low"], row["ratio"], row["ratio_high"]) for row in rows] == [(1.0,) * 3, (3.0,) * 3]
 
 
 def test_short_calls_are_repeated_until_the_time_is_up():
     machine = Machine()
-    sides = {"a": machine.side("a", 0.25), "b": machine.side("b", 0.25)}
-    assert {row["repeats"] for row in machine.watch(2, seconds=2.0).compare(sides, baseline="a")} == {4}
+    variants = {"a": machine.variant("a", 0.25), "b": machine.variant("b", 0.25)}
+    assert {row["repeats"] for row in machine.watch(2, seconds=2.0).compare(variants, baseline="a")} == {4}
 
 
 def test_a_side_that_cannot_run_says_why():
     machine = Machine()
-    rows = machine.watch(1).compare({"a": "too big", "b": machine.side("b", 1.0)}, baseline="a")
+    rows = machine.watch(1).compare({"a": "too big", "b": machine.variant("b", 1.0)}, baseline="a")
     assert [row["status"] for row in rows] == ["too big", OK]
     assert (rows[0]["seconds"], rows[0]["times"], rows[1]["seconds"]) == (None, [], 1.0)
     assert rows[1]["ratio"] is None
@@ -149,11 +149,11 @@ def arguments(**changes):
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_all_sides_with_the_bias_compute_the_same(backward):
-    sides = workloads._Attention(arguments(), 64, CPU, backward).sides
-    assert list(sides) == SIDES
+    variants = workloads._Attention(arguments(), 64, CPU, backward).variants
+    assert list(variants) == VARIANTS
 
     def output(name):
-        result = sides[name]()
+        result = variants[name]()
         return torch.cat([part.flatten() for part in (result if backward else [result])])
 
     assert torch.allclose(output("sdpa"), output("eager"), atol=1e-4)
@@ -174,15 +174,15 @@ def test_what_a_quadratic_side_is_said_to_need_is_what_it_needs_at_most(monkeypa
     monkeypatch.setattr(BenchmarkArguments, "why_not", lambda self, needed: asked.append(needed))
     attention = workloads._Attention(arguments(dtype=dtype, head_dim=64), 256, CPU, backward)
     inputs = sum(tensor.nbytes for tensor in attention.inputs)
-    for (name, run), needed in zip(attention.sides.items(), asked, strict=True):
+    for (name, run), needed in zip(attention.variants.items(), asked, strict=True):
         if name in workloads._SQUARES:
             assert inputs + attention.held[name] + allocated_peak(run, CPU) <= needed
 
 
 def test_flex_attention_runs_where_it_can_and_says_why_where_not(monkeypatch):
     def reason(backward=False):
-        side = workloads._Attention(arguments(), 64, CPU, backward).sides[FLEX]
-        return side if isinstance(side, str) else OK
+        variant = workloads._Attention(arguments(), 64, CPU, backward).variants[FLEX]
+        return variant if isinstance(variant, str) else OK
 
     assert reason() == "no ALiBi backend flex_attention"
     monkeypatch.setitem(workloads.BACKENDS, FLEX, BACKENDS["sdpa"])
@@ -212,9 +212,9 @@ def test_every_decode_step_has_the_same_context(monkeypatch, shape, kind):
         forget(cache)
         caches.append((isinstance(cache, StaticCache), [int(layer.get_seq_length()) for layer in cache.layers]))
 
-    def compare(self, sides, **kwargs):
+    def compare(self, variants, **kwargs):
         caches.clear()
-        for name, step in sides.items():
+        for name, step in variants.items():
             logits[name] = []
             for _ in range(3):
                 logits[name].append(step())
@@ -233,11 +233,11 @@ def test_every_decode_step_has_the_same_context(monkeypatch, shape, kind):
 
 
 def test_growth_is_that_of_the_cost_per_token():
-    def row(side, length, cost, what="forward"):
+    def row(variant, length, cost, what="forward"):
         return {
             "part": "attention",
             "what": what,
-            "side": side,
+            "variant": variant,
             "length": length,
             "microseconds_per_token": cost,
         }
@@ -284,7 +284,7 @@ def test_a_run_leaves_a_row_for_every_side(command, tmp_path, capsys, monkeypatc
     assert {path.name for path in out.iterdir()} == {"benchmark.json", "benchmark.csv", "benchmark.png"}
     assert json.loads((out / "benchmark.json").read_text()) == {"schema": 3, **json.loads(json.dumps(results))}
     assert str(tmp_path) not in (out / "benchmark.json").read_text()
-    rows = {(r["part"], r["subject"], r["what"], r["length"], r["side"]): r for r in results["rows"]}
+    rows = {(r["part"], r["subject"], r["what"], r["length"], r["variant"]): r for r in results["rows"]}
     assert len(rows) == len(results["rows"])
     both = ["unconverted", "converted"]
     assert set(rows) == {
@@ -292,10 +292,10 @@ def test_a_run_leaves_a_row_for_every_side(command, tmp_path, capsys, monkeypatc
             ("attention", "attention", w, n, s)
             for w in ("forward", "forward_backward")
             for n in (16, 64)
-            for s in SIDES
+            for s in VARIANTS
         ),
-        *(("growth", "attention", w, 64, s) for w in ("forward", "forward_backward") for s in SIDES),
-        *(("memory", "attention", "forward", n, s) for n in (16, 64) for s in SIDES),
+        *(("growth", "attention", w, 64, s) for w in ("forward", "forward_backward") for s in VARIANTS),
+        *(("memory", "attention", "forward", n, s) for n in (16, 64) for s in VARIANTS),
         *(("model", f, w, 16, s) for f in ("gpt2", "llama") for w in ("forward", "training_step") for s in both),
         *(
             ("decode", f, w, 16, s)
@@ -327,7 +327,7 @@ def test_a_run_leaves_a_row_for_every_side(command, tmp_path, capsys, monkeypatc
 
 def test_a_side_without_memory_is_a_row_with_the_reason(command):
     rows = command(model_layers=8, memory_limit=4e-4)["rows"]
-    status = {(row["part"], row["length"], row["side"]): row["status"] for row in rows}
+    status = {(row["part"], row["length"], row["variant"]): row["status"] for row in rows}
     assert status["attention", 16, "eager"] == status["attention", 64, "sdpa"] == OK
     for part in ("attention", "memory"):
         assert status[part, 64, "eager"].startswith("needs about")
@@ -369,10 +369,10 @@ def test_activations_are_those_of_each_layer(command, checkpoint, tmp_path):
     assert results["settings"]["model_name_or_path"] == "model"
     assert str(tmp_path) not in json.dumps(results)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"benchmark.json", "benchmark.csv"}
-    rows = {(row["length"], row["subject"], row["side"]): row for row in results["rows"]}
+    rows = {(row["length"], row["subject"], row["variant"]): row for row in results["rows"]}
     layers = ["model.layers.0.self_attn", "model.layers.1.self_attn"]
     assert list(rows) == [
-        (n, s, side) for n in (32, 64) for s in (*layers, "all layers") for side in ("causal", "sdpa")
+        (n, s, variant) for n in (32, 64) for s in (*layers, "all layers") for variant in ("causal", "sdpa")
     ]
     assert {row["what"] for row in rows.values()} == {"converted here, untrained"}
     one = rows[64, layers[0], "sdpa"]
@@ -438,23 +438,25 @@ def test_the_picture_has_a_line_a_side_and_its_ratio(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
     rows = [
         {
-            "side": side,
+            "variant": variant,
             "what": what,
             "length": length,
-            "status": OK if side != "big" or length < 64 else "needs more",
+            "status": OK if variant != "big" or length < 64 else "needs more",
             "microseconds_per_token": slow * length,
             "ratio": slow,
             "ratio_low": slow,
             "ratio_high": slow,
         }
         for what in ("forward", "forward_backward")
-        for side, slow in (("causal", 1.0), ("sdpa", 0.5), ("big", 4.0))
+        for variant, slow in (("causal", 1.0), ("sdpa", 0.5), ("big", 4.0))
         for length in (16, 32, 64)
     ]
     cost_by_length(rows, tmp_path / "b.png")
     cost, ratio = figures[0].axes
     lines = {line.get_label(): line for line in cost.get_lines()}
-    assert set(lines) == {f"{side}{with_}" for side in ("causal", "sdpa", "big") for with_ in ("", ", with backward")}
+    assert set(lines) == {
+        f"{variant}{with_}" for variant in ("causal", "sdpa", "big") for with_ in ("", ", with backward")
+    }
     assert list(lines["sdpa"].get_ydata()) == [8, 16, 32]
     assert list(lines["big"].get_xdata()) == [16, 32]
     assert lines["sdpa, with backward"].get_linestyle() == "--"

@@ -354,7 +354,7 @@ class TestWrongInputStopsBeforeEvaluation:
         for file in (tmp_path / "original").glob("*token*"):
             file.unlink()
         shifted_tokenizer().save_pretrained(models["original"])
-        refused("tokenizer of model 'original' splits the text otherwise")
+        refused("tokenizer of model 'original' splits the text differently")
 
     def test_full_output_folder(self, command, tmp_path):
         (tmp_path / "out").mkdir()

@@ -467,7 +467,7 @@ def _with_callback(init, callback):
         ({"attn_implementation": "fast"}, "cannot build a model"),
         ({"output_dir": "text.txt"}, "text.txt is a file"),
         ({"output_dir": "text.txt/run"}, "Not a directory"),
-        ({"resume_from_checkpoint": "gone"}, "gone is no complete checkpoint"),
+        ({"resume_from_checkpoint": "gone"}, "gone is not a complete checkpoint"),
         ({"validation_fraction": 0.0}, "the held-out text has 0 tokens"),
     ],
 )

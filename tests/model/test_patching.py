@@ -130,7 +130,7 @@ def test_refuses_a_class_without_alibi_form():
     class Mine(GPT2LMHeadModel):
         pass
 
-    fails(Mine(stock_config("gpt2")), ValueError, "no ALiBi form of .*Mine: it is no class of transformers")
+    fails(Mine(stock_config("gpt2")), ValueError, "no ALiBi form of .*Mine: it is not a class of transformers")
 
 
 def test_refuses_a_decoder_without_a_number_of_heads():
@@ -253,6 +253,6 @@ def test_it_says_once_that_training_is_needed(caplog):
     for _ in range(2):
         hf_alibi.apply_alibi(stock_model("llama"))
     assert [record.getMessage() for record in caplog.records] == [
-        "AlibiLlamaForCausalLM now has ALiBi, which its weights have never seen: train it before you use it, or convert it "
-        "by `hf-alibi convert`"
+        "AlibiLlamaForCausalLM now has ALiBi, which its weights have never seen: train it before you use it, or "
+        "convert it by `hf-alibi convert`"
     ]

@@ -51,7 +51,7 @@ def flex_alibi_attention(
         module: the self-attention layer; its config holds the slopes and, as `alibi_tolerance`, the share of a row's
             weights that may be left out; None for `exact_tolerance`.
         query: (batch, heads, queries, head_dim).
-        key, value: (batch, key-value heads, keys, head_dim); heads are grouped where there are fewer.
+        key, value: (batch, key-value heads, keys, head_dim); heads are grouped if there are fewer.
         attention_mask: a BlockMask, of which the `mask_mod` counts, or a bool mask, the same for all heads; None as in
             `visible_keys`.
         scaling: of the logits; 1 / sqrt(head_dim) if None.

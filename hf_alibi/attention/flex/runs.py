@@ -31,19 +31,19 @@ class Runs(NamedTuple):
     """What each query sees: all tokens from its first to its last one. Positions count tokens."""
 
     first: Tensor
-    """(batch, queries), position of the first token that the query sees; behind all where there is none."""
+    """(batch, queries), position of the first token that the query sees; past the end if there is none."""
     last: Tensor
-    """(batch, queries), position of the last one; -1 where there is none."""
+    """(batch, queries), position of the last one; -1 if there is none."""
     seen: Tensor
     """(batch, queries), how many tokens the query sees."""
     position: Tensor | None
-    """(batch, keys), position of each key, -1 for no token; None where it is the key's index."""
+    """(batch, keys), position of each key, -1 for no token; None if it is the key's index."""
     table: Tensor
     """int32, the same for the kernel. (3, batch or more), where in each sequence `first` is one value, and `last` the
     lesser of another and the query's index plus a third; else (2, batch, queries), `first` and `last`; or (3, batch,
     queries or keys, whichever are more), with `position`."""
     consecutive: Tensor | None = None
-    """Bool (batch, queries), False where the query sees no run and all this is wrong; None where all see one."""
+    """Bool (batch, queries), False where the query sees no run and all this is wrong; None if all see one."""
 
 
 # All layers of a forward pass have the same mask.

@@ -18,7 +18,7 @@ from .far_keys import widest_window
 
 __all__ = ["decode"]
 
-# Values are read in blocks of so many keys.
+# Values are read in blocks of this number of keys.
 _BLOCK = 64
 
 

@@ -26,7 +26,7 @@ def dense_attention(call: AttentionCall) -> Tensor:
         bias = alibi_bias(call.slopes.for_queries(lambda: seen.sum(dim=-1)), seen, call.slopes.sink_tokens)
         return _with_bias(call, query, bias if added is None else bias + added[:, :, rows])
 
-    # A graph with a block for every so many queries would be a new graph for every length.
+    # A graph with a fixed number of queries a block would be a new graph for every length.
     rows = call.query.shape[2] if torch.compiler.is_compiling() else dense_rows(call.query, call.key)
     return in_blocks(attend, call.query, rows, keep_rng=call.dropout > 0)
 

@@ -92,7 +92,7 @@ def _bias_factors(
         queries: integer positions of the queries.
         keys: integer positions of the keys; those of half types are written in digits to base 256.
         dtype: of queries and keys.
-        sink_tokens: so many of the first keys have no bias.
+        sink_tokens: how many of the first keys have no bias.
 
     Every product is exact. A slope is split into the 8 bits that a bfloat16 holds and the rest, so that in float32
     the product with a position has no more than 24 bits, and slope × query position can be taken off again in the
@@ -136,7 +136,7 @@ def _with_sinks(left: Tensor, right: Tensor, queries: int, sink_tokens: int) -> 
         left: (…, queries or 1, n).
         right: (keys, n), of which the last are those of the queries.
         queries: how many.
-        sink_tokens: so many of the first keys have no bias.
+        sink_tokens: how many of the first keys have no bias.
     """
     # Divided by what multiplies it again, so that float16 does not overflow.
     own = (left.float() * right[-queries:].float()).sum(dim=-1, keepdim=True) / 256

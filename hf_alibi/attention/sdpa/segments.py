@@ -63,7 +63,7 @@ _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def segments_of(allowed: Tensor) -> tuple[list[Segment], list[OtherQueries]] | None:
-    """Segments of a mask, and the queries that are in none but see something; None where segments would not pay.
+    """Segments of a mask, and the queries that are in none but see something; None if segments would not pay.
 
     Args:
         allowed: bool (batch, heads or 1, queries, keys), True where a query may see a key.

@@ -59,7 +59,7 @@ def windowed_attention(
         scaling: of the logits.
         segments: see `Segment`; no query is in two of them.
         tolerance: share of a row's weights that may be left out; None for `exact_tolerance`.
-        sink_tokens: so many of the first keys of each segment have no bias.
+        sink_tokens: how many of the first keys of each segment have no bias.
 
     Returns (batch, heads, queries, head_dim). What leaving keys out adds to the error is at most twice the tolerance
     times the largest value. There is no second derivative.
