@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 from transformers import AttentionInterface
 
 from .eager import eager_alibi_attention
 from .flash import flash_alibi_attention, load_flash_attn, refuse_sinks
 from .flex.backend import flex_alibi_attention
-from .paged import takes_paged_cache
+from .paged import Attention, takes_paged_cache
 from .sdpa.dispatch import sdpa_alibi_attention
 
-__all__ = ["BACKENDS", "alibi_name", "check_backend", "register_backends"]
+__all__ = ["BACKENDS", "alibi_name", "check_backend", "register_backends", "wrapped_backends"]
 
 BACKENDS = {
     "eager": eager_alibi_attention,
@@ -51,6 +54,17 @@ def register_backends() -> None:
     """Make the backends known to transformers; calling it again changes nothing."""
     for name, attention in {**BACKENDS, **_PAGED}.items():
         AttentionInterface.register(alibi_name(name), attention)
+
+
+@contextmanager
+def wrapped_backends(wrap: Callable[[Attention], Attention]) -> Iterator[None]:
+    """Context manager: inside, transformers calls `wrap(backend)` in place of each backend."""
+    for name, attention in {**BACKENDS, **_PAGED}.items():
+        AttentionInterface.register(alibi_name(name), wrap(attention))
+    try:
+        yield
+    finally:
+        register_backends()
 
 
 register_backends()

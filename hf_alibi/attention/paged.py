@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
-__all__ = ["WITHOUT_PAGED_CACHE", "takes_paged_cache"]
+__all__ = ["WITHOUT_PAGED_CACHE", "Attention", "takes_paged_cache"]
 
 Attention = Callable[..., tuple[Tensor, Any]]
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AttentionInterface,
     AutoModelForCausalLM,
     Cache,
     DynamicCache,
@@ -21,7 +20,7 @@ from transformers import (
     StaticCache,
 )
 
-from ..attention.backends import BACKENDS, alibi_name, register_backends
+from ..attention.backends import BACKENDS, wrapped_backends
 from ..attention.cache import AlibiCache
 from ..attention.sdpa.reads import record_reads
 from ..errors import InputError, one_line
@@ -306,12 +305,8 @@ def _visiting(visit: Callable[[nn.Module, Tensor, Tensor, Tensor, float | None],
 
         return attend
 
-    for name, attention in BACKENDS.items():
-        AttentionInterface.register(alibi_name(name), visited(attention))
-    try:
+    with wrapped_backends(visited):
         yield
-    finally:
-        register_backends()
 
 
 def _reads(attend: Callable[[], object]) -> Row:

@@ -6,10 +6,10 @@ are reordered in the weights, so that the model stays what it was and the slopes
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,9 +19,6 @@ from ..utils import evaluation_mode
 from .heads import head_counts, head_parameters, permute_heads
 
 __all__ = ["head_reaches", "match_heads", "matching_order"]
-
-# Key heads up to which every order of them is tried.
-_ALL_ORDERS = 7
 
 
 def match_heads(model: PreTrainedModel, input_ids: Tensor) -> list[list[int]]:
@@ -102,29 +99,11 @@ def matching_order(reaches: Sequence[float], key_heads: int) -> list[int]:
     place_sorted = places.view(key_heads, group).sort(dim=1, descending=True)
     cost = (own_sorted.values[:, None] - place_sorted.values[None]).square().sum(dim=-1)
     order = [0] * heads
-    for place, chosen in enumerate(_assignment(cost)):
+    # Which group's heads go to each place, at the least sum.
+    for place, chosen in zip(*linear_sum_assignment(cost.T.numpy()), strict=True):
         for head, where in zip(own_sorted.indices[chosen], place_sorted.indices[place], strict=True):
             order[place * group + int(where)] = chosen * group + int(head)
     return order
-
-
-def _assignment(cost: Tensor) -> list[int]:
-    """Which row each column gets, by the least sum; among many, until no exchange of two is better."""
-    count = len(cost)
-    columns = range(count)
-    if count <= _ALL_ORDERS:
-        return list(
-            min(itertools.permutations(columns), key=lambda rows: sum(cost[r, c].item() for c, r in enumerate(rows)))
-        )
-    rows = list(columns)
-    better = True
-    while better:
-        better = False
-        for a, b in itertools.combinations(columns, 2):
-            if cost[rows[a], b] + cost[rows[b], a] < cost[rows[a], a] + cost[rows[b], b] - 1e-12:
-                rows[a], rows[b] = rows[b], rows[a]
-                better = True
-    return rows
 
 
 def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:

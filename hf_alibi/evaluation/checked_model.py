@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..errors import InputError, one_line
 from ..model.anatomy import has_no_positions, is_alibi, position_limit
-from ..model.loading import why_not_loaded
+from ..model.loading import check_safetensors, why_not_loaded
 from ..utils import METRICS_FILE
 from .baselines import ChosenBaselines
 from .memory import check_memory
@@ -137,19 +137,13 @@ def _local_folder(name: str, given: str) -> Path:
 
 
 def _check_weights(name: str, folder: Path) -> None:
-    """Check that every weight file is there and as long as its header says; reads the headers only."""
-    index = folder / "model.safetensors.index.json"
+    """Check that every weight file is there and whole."""
     try:
-        if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        else:
-            shards = ["model.safetensors"]
-        for shard in shards:
-            with safe_open(folder / shard, framework="pt"):
-                pass
+        check_safetensors(folder)
     except FileNotFoundError as error:
+        missing = Path(str(error)).name
         raise InputError(
-            f"model {name!r}: {folder} has no {shard}; give a folder written by save_pretrained"
+            f"model {name!r}: {folder} has no {missing}; give a folder written by save_pretrained"
         ) from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(

@@ -1,10 +1,10 @@
 """95 % confidence intervals: a bootstrap over documents for mean losses, Wilson's for proportions. Pure maths."""
 
 import math
-from statistics import NormalDist
 from typing import Any
 
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 __all__ = [
@@ -84,12 +84,8 @@ def wilson(found: int, cases: int) -> tuple[float, float]:
     >>> [round(end, 3) for end in wilson(10, 10)]
     [0.722, 1.0]
     """
-    z = NormalDist().inv_cdf(1 - _TAIL)
-    share = found / cases
-    centre = share + z * z / (2 * cases)
-    half = z * math.sqrt(share * (1 - share) / cases + z * z / (4 * cases * cases))
-    scale = 1 + z * z / cases
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    ends = binomtest(found, cases).proportion_ci(LEVEL, method="wilson")
+    return float(ends.low), float(ends.high)
 
 
 def share_difference(found: int, cases: int, other_found: int, other_cases: int) -> tuple[float, float]:

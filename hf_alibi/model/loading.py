@@ -1,14 +1,15 @@
 """Loading a causal language model whole: weights that a checkpoint lacks are an error, not random numbers."""
 
+import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import InputError, one_line
 
-__all__ = ["load_complete", "why_not_loaded"]
+__all__ = ["check_safetensors", "load_complete", "why_not_loaded"]
 
 
 def why_not_loaded(error: Exception) -> str:
@@ -40,3 +41,17 @@ def load_complete(
         )
     loaded: PreTrainedModel = model
     return loaded
+
+
+def check_safetensors(folder: Path) -> None:
+    """Check that every weight file in `folder` is there and as long as its header says; reads the headers only.
+
+    Raises FileNotFoundError for a missing file; OSError, ValueError, KeyError or SafetensorError for a broken one.
+    """
+    index = folder / "model.safetensors.index.json"
+    shards = ["model.safetensors"]
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    for shard in shards:
+        with safe_open(folder / shard, framework="pt"):
+            pass

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from ..attention.backends import BACKENDS, alibi_name, register_backends
+from ..attention.backends import wrapped_backends
 from ..attention.inputs import visible_keys
 from ..attention.layer_slopes import head_slopes
 from ..configuration import text_config
@@ -110,12 +110,8 @@ def _recorded_calls() -> Iterator[dict[nn.Module, _Call]]:
 
         return record
 
-    for name, attention in BACKENDS.items():
-        AttentionInterface.register(alibi_name(name), recording(attention))
-    try:
+    with wrapped_backends(recording):
         yield calls
-    finally:
-        register_backends()
 
 
 def _length(model: PreTrainedModel) -> int:
