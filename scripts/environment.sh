@@ -1,5 +1,5 @@
 # Sourced by demo.sh and test.sh: goes to the project's root and makes .venv ready, once for each set of requirements.
-# With TRANSFORMERS=5.20 in the environment, the same in an environment of its own with that version of transformers.
+# With TRANSFORMERS=5.4 in the environment, the same in an environment of its own with that version of transformers.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=.venv${TRANSFORMERS:+-transformers-$TRANSFORMERS}
 stamp=$venv/.installed-$(cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
@@ -12,7 +12,9 @@ if [ ! -e "$stamp" ]; then
     echo "Setting up $venv (once; a few minutes and about 1.5 GB)"
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
     if [ -n "${TRANSFORMERS:-}" ]; then
-        { grep -v '^transformers==' constraints.txt; echo "transformers==$TRANSFORMERS"; } > "$venv/constraints.txt"
+        # Each version wants its own hub client and tokenizers.
+        grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > "$venv/constraints.txt"
+        echo "transformers==$TRANSFORMERS" >> "$venv/constraints.txt"
     fi
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
         --constraint "${TRANSFORMERS:+$venv/}constraints.txt" --editable '.[dev,gguf]'

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,7 +81,9 @@ def record_outputs_by_class(model: PreTrainedModel) -> None:
     """Say anew what output_attentions and output_hidden_states record, after the class of `model` was changed."""
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-    _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
+    registry: Any = _CAN_RECORD_REGISTRY
+    # By instance since transformers 5.21, by the name of the class before.
+    registry[model if isinstance(registry, WeakKeyDictionary) else str(type(model))] = model._can_record_outputs
 
 
 @cache

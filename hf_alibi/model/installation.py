@@ -115,7 +115,10 @@ def install_alibi(
         if isinstance(positions, NoPositions):
             # A plain checkpoint brings its table along; that it is not loaded is the point.
             ignored.add(rf"(^|\.){re.escape(name)}\.")
-    model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
+    known = model._keys_to_ignore_on_load_unexpected
+    merged = {*(known or ()), *ignored}
+    # A set, or before transformers 5.18 a list.
+    model._keys_to_ignore_on_load_unexpected = merged if isinstance(known, set) else sorted(merged)
     alibi = text_config(model.config)
     own = getattr(text_decoder(model), "config", alibi)
     for _, attention in self_attentions(model):

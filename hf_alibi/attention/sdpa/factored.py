@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -24,6 +25,8 @@ __all__ = ["factored_attention"]
 # slope × position keeps its precision at any length.
 _SINGLE_CALL = 2**14
 _CAUSAL_ROWS = 256
+# Older CPU kernels do not sum in order and lose precision in one call.
+_CPU_SUMS_IN_ORDER = Version(torch.__version__) >= Version("2.13")
 # FlashAttention takes heads of 256 dimensions, of which the factors are up to 16.
 _FLASH_WIDTH = 240
 
@@ -31,7 +34,8 @@ _FLASH_WIDTH = 240
 def factored_attention(call: AttentionCall) -> Tensor:
     """Causal attention of queries with as many keys; returns (batch, heads, queries, head_dim)."""
     query = call.query
-    rows = _CAUSAL_ROWS if query.shape[2] > _SINGLE_CALL else query.shape[2]
+    single = _SINGLE_CALL if _CPU_SUMS_IN_ORDER or query.device.type != "cpu" else _CAUSAL_ROWS
+    rows = _CAUSAL_ROWS if query.shape[2] > single else query.shape[2]
     if call.dropout and query.device.type != "cuda":
         # Only CUDA has fused kernels with dropout; elsewhere the matrix of weights is built, and must fit.
         rows = min(rows, dense_rows(query, call.key))
