@@ -14,7 +14,7 @@ from ..conversion.settings import ConversionArguments
 from ..errors import InputError
 from ..evaluation.protocol import SLIDING
 from ..evaluation.settings import ComparisonArguments, ControlArguments, ExtrapolateArguments
-from ..reporting.curves import protocol_title
+from ..reporting.curves import Comparison
 from ..reporting.findings import price
 from ..reporting.plots import require_matplotlib
 from ..reporting.results import replacing
@@ -105,9 +105,9 @@ def cost(result: Mapping[str, Any]) -> str:
 
     It is the number of the report's first table and names its protocol.
     """
-    evaluation = result["evaluation"]
+    evaluation = Comparison(result["evaluation"])
     how = "as it was given" if result["control"] is None else "trained on the same tokens"
     scored = f"{evaluation['settings']['scored_tokens']:,} held-out tokens"
-    where = f"{protocol_title(evaluation, SLIDING)}, {scored}, original {how}"
+    where = f"{evaluation.protocol_title(SLIDING)}, {scored}, original {how}"
     sentence = price(evaluation, "alibi", "original", SLIDING) or "The original does not run at the training length."
     return f"{where}: {sentence.replace('**', '')}"

@@ -23,7 +23,7 @@ from ..evaluation.protocol import FULL, Protocol
 from ..evaluation.settings import ExtrapolateArguments
 from ..model.anatomy import is_alibi
 from ..model.loading import load_complete
-from ..reporting.curves import protocol_lengths, protocol_title, protocols, tokens_seen
+from ..reporting.curves import Comparison
 from ..reporting.findings import findings
 from ..reporting.plots import loss_by_position, passkey_map, perplexity_by_length, require_matplotlib
 from ..reporting.report import passkey_rows, table_rows, write_report
@@ -250,11 +250,12 @@ def _write(results: Results, output_dir: Path) -> list[Path]:
 
 def _print(results: Results, paths: Sequence[Path], console: Console) -> None:
     """Print the perplexities, one table a protocol, the keys found, what it comes to, and where the files are."""
-    for protocol in protocols(results):
-        title = f"Perplexity. {protocol_title(results, protocol)}"
-        seen = ("tokens seen", tokens_seen(results, protocol))
+    results = Comparison(results)
+    for protocol in results.protocols():
+        title = f"Perplexity. {results.protocol_title(protocol)}"
+        seen = ("tokens seen", results.tokens_seen(protocol))
         rows = [seen, *table_rows(results, protocol, "perplexity")]
-        _print_table(console, title, protocol_lengths(results, protocol), rows)
+        _print_table(console, title, results.protocol_lengths(protocol), rows)
     if "passkey" in results:
         _print_table(console, "Passkeys found", results["passkey"]["lengths"], passkey_rows(results))
     for sentence in findings(results):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .intervals import LEVEL, interval, resampled_means, resampling_units
+from .protocol import CROPPED, FULL
 
 __all__ = ["Key", "with_intervals"]
 
@@ -77,9 +78,9 @@ def _pairs(keys: Sequence[Key], subjects: Sequence[str], train_length: int) -> I
     """Each key with that of its line at the training length; each of a subject with those of all other lines."""
     for key in keys:
         start = key._replace(length=train_length)
-        if key.length > train_length and key.context != "cropped" and start in keys:
+        if key.length > train_length and key.context != CROPPED and start in keys:
             yield key, start
-        if key.model not in subjects or key.context != "full":
+        if key.model not in subjects or key.context != FULL:
             continue
         for other in keys:
             if other[:2] != key[:2] and other[2:] == key[2:]:

@@ -1,84 +1,73 @@
-"""How the numbers of a result file are read: as lines over length, with a name each, and as text."""
+"""How the numbers of a result file are read: as curves over length, with a name each, and as text."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .results import Results
+from ..evaluation.protocol import CROPPED, FULL, NON_OVERLAPPING, SLIDING
 
 __all__ = [
-    "curve",
-    "curve_name",
-    "curves",
+    "Comparison",
     "format_interval",
     "format_value",
     "listed",
     "markdown_table",
-    "protocol_lengths",
-    "protocol_title",
-    "protocols",
-    "stride_words",
     "times",
-    "tokens_seen",
 ]
 
 _TIMES = "\N{MULTIPLICATION SIGN}"
 
 
-def protocols(results: Results) -> list[str]:
-    """The protocols of a result, the one first that shows what distant context does."""
-    return list(dict.fromkeys(row["protocol"] for row in results["rows"]))
+class Comparison(dict[str, Any]):
+    """Results as `hf-alibi extrapolate` writes them, read as curves over length."""
 
+    def protocols(self) -> list[str]:
+        """The protocols of a result, the one first that shows what distant context does."""
+        return list(dict.fromkeys(row["protocol"] for row in self["rows"]))
 
-def protocol_title(results: Results, protocol: str) -> str:
-    """Name of a protocol with its stride."""
-    if protocol == "sliding":
-        return f"Sliding window, stride {stride_words(results)}"
-    return {"non_overlapping": "Non-overlapping windows"}.get(protocol, protocol)
+    def protocol_title(self, protocol: str) -> str:
+        """Name of a protocol with its stride."""
+        if protocol == SLIDING:
+            return f"Sliding window, stride {self.stride_words()}"
+        return {NON_OVERLAPPING: "Non-overlapping windows"}.get(protocol, protocol)
 
+    def stride_words(self) -> str:
+        """How far a sliding window moves on, in words."""
+        stride = self["settings"]["stride"]
+        return "an eighth of the length" if stride is None else f"{stride} tokens"
 
-def stride_words(results: Results) -> str:
-    """How far a sliding window moves on, in words."""
-    stride = results["settings"]["stride"]
-    return "an eighth of the length" if stride is None else f"{stride} tokens"
+    def tokens_seen(self, protocol: str) -> list[str]:
+        """How many tokens a scored token sees before it at each length under a protocol, such as "225–256"."""
+        seen = {
+            row["length"]: (row["fewest_seen"], row["most_seen"])
+            for row in self["rows"]
+            if row["protocol"] == protocol and row["context"] != CROPPED
+        }
+        return [f"{fewest}–{most}" if fewest < most else str(most) for _, (fewest, most) in sorted(seen.items())]
 
+    def protocol_lengths(self, protocol: str) -> list[int]:
+        """Lengths evaluated under a protocol."""
+        return sorted({row["length"] for row in self["rows"] if row["protocol"] == protocol})
 
-def tokens_seen(results: Results, protocol: str) -> list[str]:
-    """How many tokens a scored token sees before it at each length under a protocol, such as "225–256"."""
-    seen = {
-        row["length"]: (row["fewest_seen"], row["most_seen"])
-        for row in results["rows"]
-        if row["protocol"] == protocol and row["context"] != "cropped"
-    }
-    return [f"{fewest}–{most}" if fewest < most else str(most) for _, (fewest, most) in sorted(seen.items())]
+    def curves(self) -> list[tuple[str, str]]:
+        """Models with their contexts, each baseline right after its model."""
+        pairs = dict.fromkeys((row["model"], row["context"]) for row in self["rows"])
+        models = list(dict.fromkeys(model for model, _ in pairs))
+        return sorted(pairs, key=lambda pair: models.index(pair[0]))
 
+    def curve(self, model: str, protocol: str, context: str) -> list[Mapping[str, Any]]:
+        """Rows of one model, protocol and context, shortest length first."""
+        wanted = {"model": model, "protocol": protocol, "context": context}
+        rows = [row for row in self["rows"] if wanted.items() <= row.items()]
+        return sorted(rows, key=lambda row: row["length"])
 
-def protocol_lengths(results: Results, protocol: str) -> list[int]:
-    """Lengths evaluated under a protocol."""
-    return sorted({row["length"] for row in results["rows"] if row["protocol"] == protocol})
-
-
-def curves(results: Results) -> list[tuple[str, str]]:
-    """Models with their contexts, each baseline right after its model."""
-    pairs = dict.fromkeys((row["model"], row["context"]) for row in results["rows"])
-    models = list(dict.fromkeys(model for model, _ in pairs))
-    return sorted(pairs, key=lambda pair: models.index(pair[0]))
-
-
-def curve(results: Results, model: str, protocol: str, context: str) -> list[Mapping[str, Any]]:
-    """Rows of one model, protocol and context, shortest length first."""
-    wanted = {"model": model, "protocol": protocol, "context": context}
-    rows = [row for row in results["rows"] if wanted.items() <= row.items()]
-    return sorted(rows, key=lambda row: row["length"])
-
-
-def curve_name(results: Results, model: str, context: str) -> str:
-    """What a model in a context is called: the model alone, "..., cropped to 256", or with the label of a baseline."""
-    if context == "full":
-        return model
-    if context == "cropped":
-        return f"{model}, cropped to {results['settings']['train_length']}"
-    return f"{model}, {results['models'][model]['baselines'][context]}"
+    def curve_name(self, model: str, context: str) -> str:
+        """What a model in a context is called: the model, "..., cropped to 256", or with the label of a baseline."""
+        if context == FULL:
+            return model
+        if context == CROPPED:
+            return f"{model}, cropped to {self['settings']['train_length']}"
+        return f"{model}, {self['models'][model]['baselines'][context]}"
 
 
 def times(length: int, train_length: int) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..evaluation.intervals import share_difference
-from .curves import curve, curve_name, curves, format_interval, format_value, listed, protocols, times
+from ..evaluation.protocol import FULL, OK
+from .curves import Comparison, format_interval, format_value, listed, times
 from .results import Results
 
 __all__ = ["NOT_SHOWN", "findings", "price"]
@@ -25,12 +26,13 @@ _KNOWS_THE_TASK = 0.5
 
 def findings(results: Results) -> list[str]:
     """Sentences: the training, the price, longer than in training, against the original's best form, and passkeys."""
+    results = Comparison(results)
     model = next(iter([*_of_kind(results, "alibi"), *results["models"]]))
     original = next(iter(_of_kind(results, "original")), None)
     too_little = _trained_too_little(results, model)
     sentences = [_budget(results, model if too_little else None)]
     if not too_little:
-        protocol = protocols(results)[0]
+        protocol = results.protocols()[0]
         sentences += _length_ratio(results, model, protocol)
         if original is not None and results["models"][model]["kind"] == "alibi":
             found = price(results, model, original, protocol)
@@ -39,11 +41,11 @@ def findings(results: Results) -> list[str]:
     return [*sentences, _passkey(results, model, read=not too_little)]
 
 
-def _of_kind(results: Results, kind: str) -> list[str]:
+def _of_kind(results: Comparison, kind: str) -> list[str]:
     return [name for name, model in results["models"].items() if model["kind"] == kind]
 
 
-def _trained_too_little(results: Results, model: str) -> bool:
+def _trained_too_little(results: Comparison, model: str) -> bool:
     described = results["models"][model]
     training = described["training"]
     if described["kind"] != "alibi" or training is None or training["continued"]:
@@ -51,13 +53,13 @@ def _trained_too_little(results: Results, model: str) -> bool:
     return bool(training["steps"] < _FEWEST_STEPS or training["tokens"] < _FEWEST_TOKENS)
 
 
-def _trained_alike(results: Results, model: str, original: str) -> bool:
+def _trained_alike(results: Comparison, model: str, original: str) -> bool:
     """Whether both models were trained on the same number of tokens, so that their ratio is the conversion's."""
     tokens = [(results["models"][name]["training"] or {}).get("tokens") for name in (model, original)]
     return tokens[0] is not None and tokens[0] == tokens[1]
 
 
-def _budget(results: Results, too_little: str | None) -> str:
+def _budget(results: Comparison, too_little: str | None) -> str:
     """For how many steps and tokens each model was trained, and which of them `too_little` to judge by, if any."""
     parts = []
     for name, model in results["models"].items():
@@ -97,7 +99,7 @@ class _Against(NamedTuple):
         return f"{format_value(self.own)} against {format_value(self.other)}"
 
 
-def _comparisons(results: Results, model: str, protocol: str) -> Iterator[_Against]:
+def _comparisons(results: Comparison, model: str, protocol: str) -> Iterator[_Against]:
     """All comparisons of a model, read with its whole context, under one protocol."""
     perplexities = {
         (row["model"], row["context"], row["length"]): row["perplexity"]
@@ -105,15 +107,16 @@ def _comparisons(results: Results, model: str, protocol: str) -> Iterator[_Again
         if row["protocol"] == protocol
     }
     for entry in results["comparisons"]:
-        if (entry["model"], entry["context"], entry["protocol"]) == (model, "full", protocol):
+        if (entry["model"], entry["context"], entry["protocol"]) == (model, FULL, protocol):
             other = (entry["against_model"], entry["against_context"], entry["against_length"])
-            yield _Against(entry, perplexities[model, "full", entry["length"]], perplexities[other])
+            yield _Against(entry, perplexities[model, FULL, entry["length"]], perplexities[other])
 
 
 def price(results: Results, model: str, original: str, protocol: str) -> str | None:
     """What a conversion costs at the length of its training, in a sentence; None if the original does not run there."""
+    results = Comparison(results)
     length = results["settings"]["train_length"]
-    wanted = {"length": length, "against_length": length, "against_model": original, "against_context": "full"}
+    wanted = {"length": length, "against_length": length, "against_model": original, "against_context": FULL}
     found = next((one for one in _comparisons(results, model, protocol) if wanted.items() <= one.entry.items()), None)
     if found is None:
         return None
@@ -133,13 +136,13 @@ def price(results: Results, model: str, original: str, protocol: str) -> str | N
     )
 
 
-def _length_ratio(results: Results, model: str, protocol: str) -> Iterator[str]:
+def _length_ratio(results: Comparison, model: str, protocol: str) -> Iterator[str]:
     """Compare the greatest length that a model runs at with the training length."""
     start = results["settings"]["train_length"]
     own = [
         one
         for one in _comparisons(results, model, protocol)
-        if (one.entry["against_model"], one.entry["against_context"]) == (model, "full")
+        if (one.entry["against_model"], one.entry["against_context"]) == (model, FULL)
     ]
     if not own:
         return
@@ -160,14 +163,14 @@ def _length_ratio(results: Results, model: str, protocol: str) -> Iterator[str]:
     )
 
 
-def _against_the_best(results: Results, model: str, original: str, protocol: str) -> Iterator[str]:
+def _against_the_best(results: Comparison, model: str, original: str, protocol: str) -> Iterator[str]:
     """Say at which lengths a conversion beats the best form of an unconverted model, and by how much at the longest."""
     best: dict[int, _Against] = {}
     for one in _comparisons(results, model, protocol):
         length = one.entry["length"]
         if one.entry["against_model"] == original and one.entry["against_length"] == length:
             best[length] = max(best.get(length, one), one, key=lambda found: found.entry["ratio"])
-    lengths = [row["length"] for row in curve(results, model, protocol, "full") if row["status"] == "ok"]
+    lengths = [row["length"] for row in results.curve(model, protocol, FULL) if row["status"] == OK]
     alone = [length for length in lengths if length not in best]
     by_outcome = {
         outcome: [length for length in lengths if length in best and best[length].outcome == outcome]
@@ -177,12 +180,12 @@ def _against_the_best(results: Results, model: str, original: str, protocol: str
     parts = [f"{words[outcome]} {listed(at)}" for outcome, at in by_outcome.items() if at]
     if alone:
         parts.append(f"is alone at {listed(alone)}, where **{original}** cannot run")
-    forms = [curve_name(results, *pair) for pair in curves(results) if pair[0] == original and pair[1] != "full"]
+    forms = [results.curve_name(*pair) for pair in results.curves() if pair[0] == original and pair[1] != FULL]
     others = ", ".join(["itself", *(name.removeprefix(f"{original}, ") for name in forms)])
     last = best.get(lengths[-1])
     closing = ""
     if last is not None:
-        rival = curve_name(results, original, last.entry["against_context"])
+        rival = results.curve_name(original, last.entry["against_context"])
         closing = (
             f"; at {lengths[-1]} that is **{rival}**, and the perplexity of **{model}** is {last.ratio} times its "
             f"({last.values})"
@@ -205,7 +208,7 @@ def _advice(lengths: Sequence[int], wins: Sequence[int]) -> str:
     return f": these numbers speak for converting at {first}{last} tokens"
 
 
-def _passkey(results: Results, model: str, *, read: bool) -> str:
+def _passkey(results: Comparison, model: str, *, read: bool) -> str:
     """How many keys are found at the shortest and the longest length and, if it may be `read`, what that means."""
     if "passkey" not in results:
         return (
@@ -215,7 +218,7 @@ def _passkey(results: Results, model: str, *, read: bool) -> str:
     rows = [
         row
         for row in results["passkey"]["rows"]
-        if (row["model"], row["context"], row["depth"], row["status"]) == (model, "full", None, "ok")
+        if (row["model"], row["context"], row["depth"], row["status"]) == (model, FULL, None, OK)
     ]
     if not rows:
         return f"**{model}** runs at none of the lengths of the passkey probe."

@@ -11,7 +11,8 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import InputError
-from .curves import curve, curve_name, curves, protocols, stride_words
+from ..evaluation.protocol import CROPPED, FULL, NON_OVERLAPPING, OK, SLIDING
+from .curves import Comparison
 from .results import Results, replacing
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 # Above this ratio of largest to smallest value a linear axis squashes the small ones.
 _LOG_RATIO = 8.0
 # By context; baselines take theirs in turn.
-_STYLES = {"full": _Style("-", "o", band=True, zorder=3), "cropped": _Style("--", "")}
+_STYLES = {FULL: _Style("-", "o", band=True, zorder=3), CROPPED: _Style("--", "")}
 _BASELINE_STYLES = (
     _Style((0, (1, 1.2)), "^"),
     _Style((0, (6, 1.5, 1, 1.5)), "s"),
@@ -53,7 +54,7 @@ _BASELINE_STYLES = (
 # Panels in a row of a map, and letters in a line of their titles.
 _MAP_COLUMNS = 4
 _MAP_TITLE = 28
-_TITLES = {"sliding": "sliding window", "non_overlapping": "non-overlapping windows"}
+_TITLES = {SLIDING: "sliding window", NON_OVERLAPPING: "non-overlapping windows"}
 
 
 def perplexity_by_length(results: Results, path: Path) -> None:
@@ -62,16 +63,17 @@ def perplexity_by_length(results: Results, path: Path) -> None:
     A model has its colour and a band, its 95 % interval; each of its baselines has a line style. The training length is
     a vertical line, and a model that cannot run at the greater lengths ends in a cross.
     """
+    results = Comparison(results)
     rows, settings = results["rows"], results["settings"]
     colours = _colours(row["model"] for row in rows)
     styles = _styles(results)
-    figure = _figure(width=5.6 * len(protocols(results)), height=4.4 + 0.2 * len(curves(results)) / 2)
-    panels = figure.subplots(1, len(protocols(results)), sharey=True, squeeze=False)[0]
-    for panel, protocol in zip(panels, protocols(results), strict=True):
-        for model, context in curves(results):
-            drawn = curve(results, model, protocol, context)
-            _draw_lengths(panel, drawn, curve_name(results, model, context), colours[model], styles[model, context])
-        stride = f", stride {stride_words(results)}" if protocol == "sliding" else ""
+    figure = _figure(width=5.6 * len(results.protocols()), height=4.4 + 0.2 * len(results.curves()) / 2)
+    panels = figure.subplots(1, len(results.protocols()), sharey=True, squeeze=False)[0]
+    for panel, protocol in zip(panels, results.protocols(), strict=True):
+        for model, context in results.curves():
+            drawn = results.curve(model, protocol, context)
+            _draw_lengths(panel, drawn, results.curve_name(model, context), colours[model], styles[model, context])
+        stride = f", stride {results.stride_words()}" if protocol == SLIDING else ""
         panel.set_title(_TITLES.get(protocol, protocol) + stride, fontsize=11)
         _length_axis(panel, sorted({row["length"] for row in rows}), settings["train_length"])
         panel.set_xlabel("evaluation length (tokens)")
@@ -81,10 +83,10 @@ def perplexity_by_length(results: Results, path: Path) -> None:
     _save(figure, path)
 
 
-def _styles(results: Results) -> dict[tuple[str, str], _Style]:
+def _styles(results: Comparison) -> dict[tuple[str, str], _Style]:
     """Give every model in every context its style; the baselines of each model take theirs in turn."""
-    unused = {model: cycle(_BASELINE_STYLES) for model, _ in curves(results)}
-    return {(model, context): _STYLES.get(context) or next(unused[model]) for model, context in curves(results)}
+    unused = {model: cycle(_BASELINE_STYLES) for model, _ in results.curves()}
+    return {(model, context): _STYLES.get(context) or next(unused[model]) for model, context in results.curves()}
 
 
 def _draw_lengths(panel: Axes, rows: Sequence[Mapping[str, Any]], label: str, colour: str, style: _Style) -> None:
@@ -125,6 +127,7 @@ def _draw_lengths(panel: Axes, rows: Sequence[Mapping[str, Any]], label: str, co
 
 def passkey_map(results: Results, path: Path) -> None:
     """Draw the share of keys found as a map of depth against length, one panel a model or baseline, as a PNG."""
+    results = Comparison(results)
     probe = results["passkey"]
     rows = probe["rows"]
     names = list(dict.fromkeys((row["model"], row["context"]) for row in rows))
@@ -138,7 +141,7 @@ def passkey_map(results: Results, path: Path) -> None:
         cells = {
             (row["depth"], row["length"]): row
             for row in rows
-            if (row["model"], row["context"], row["status"]) == (model, context, "ok")
+            if (row["model"], row["context"], row["status"]) == (model, context, OK)
         }
         shares = [[_share(cells.get((depth, length))) for length in probe["lengths"]] for depth in probe["depths"]]
         image = panel.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")
@@ -147,7 +150,7 @@ def passkey_map(results: Results, path: Path) -> None:
                 text = "–" if math.isnan(share) else f"{share:.0%}"
                 panel.text(x, y, text, ha="center", va="center", fontsize=8, color="black" if share > 0.6 else "white")
         panel.set_facecolor("0.6")
-        panel.set_title("\n".join(wrap(curve_name(results, model, context), _MAP_TITLE)), fontsize=9)
+        panel.set_title("\n".join(wrap(results.curve_name(model, context), _MAP_TITLE)), fontsize=9)
         panel.set_xticks(range(len(probe["lengths"])), map(str, probe["lengths"]), rotation=45, fontsize=8)
         panel.tick_params(labelbottom=index + columns >= len(names))
         panel.set_yticks(range(len(probe["depths"])), [f"{depth:.0%}" for depth in probe["depths"]], fontsize=8)
@@ -166,19 +169,19 @@ def _share(row: Mapping[str, Any] | None) -> float:
 
 def loss_by_position(results: Results, path: Path) -> None:
     """Draw the mean loss against the context before the target, one line a model, as a PNG at `path`."""
-    curves, settings = results["position_loss"], results["settings"]
+    by_model, settings = results["position_loss"], results["settings"]
     colours = _colours(row["model"] for row in results["rows"])
     figure = _figure(width=7.0, height=4.4)
     panel = figure.subplots()
     values = []
-    for model, found in curves.items():
+    for model, found in by_model.items():
         # The geometric middle of a bin is its middle on the logarithmic axis.
         middles = [math.sqrt(point["first"] * point["last"]) for point in found["bins"]]
         nats = [point["nats_per_token"] for point in found["bins"]]
         values += nats
         label = f"{model} ({found['windows']} window{'' if found['windows'] == 1 else 's'} of {found['length']} tokens)"
         panel.plot(middles, nats, "-o", color=colours[model], markersize=3, label=label)
-    longest = max((found["length"] for found in curves.values()), default=settings["train_length"])
+    longest = max((found["length"] for found in by_model.values()), default=settings["train_length"])
     _length_axis(panel, _powers_of_two(max(longest, settings["train_length"])), settings["train_length"])
     panel.set_xlabel("position in the window (tokens of context before the target)")
     panel.set_ylabel("loss (nats per token)")
@@ -227,7 +230,7 @@ def cost_by_length(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     cost, ratio = figure.subplots(1, 2)
     for variant, colour in colours.items():
         for what, style in (("forward", "-o"), ("forward_backward", "--o")):
-            shown = [row for row in rows if _is(row, variant=variant, what=what, status="ok")]
+            shown = [row for row in rows if _is(row, variant=variant, what=what, status=OK)]
             if not shown:
                 continue
             label = variant if what == "forward" else f"{variant}, with backward"

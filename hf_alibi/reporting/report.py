@@ -4,19 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.protocol import CANNOT_RUN, CROPPED, NON_OVERLAPPING, OK, SLIDING
 from .curves import (
-    curve,
-    curve_name,
-    curves,
+    Comparison,
     format_interval,
     listed,
     markdown_table,
-    protocol_lengths,
-    protocol_title,
-    protocols,
-    stride_words,
     times,
-    tokens_seen,
 )
 from .findings import findings
 from .html_page import html_page
@@ -32,11 +26,11 @@ _INTRODUCTION = (
 )
 
 _PROTOCOLS = {
-    "sliding": (
+    SLIDING: (
         "Each token is scored with nearly the whole length before it: a window of that length moves on by {stride} "
         "and scores only the tokens that are new in it."
     ),
-    "non_overlapping": (
+    NON_OVERLAPPING: (
         "Windows lie end to end and score all their tokens, the first of which have almost no context. Longer windows "
         "have fewer such tokens, so this perplexity falls with length even for a model that uses only the few tokens "
         "before each (the early-token curse)."
@@ -103,6 +97,7 @@ def write_report(results: Results, folder: Path) -> list[Path]:
     The pictures lie beside them: `perplexity.png`, `position_loss.png`, and `passkey.png` if the probe was run. The
     page has them inside.
     """
+    results = Comparison(results)
     text = "\n\n".join(_sections(results)) + "\n"
     paths = [folder / "report.md", folder / "report.html"]
     for path, content in zip(paths, (text, html_page(text, title=_TITLE, folder=folder)), strict=True):
@@ -118,32 +113,34 @@ def table_rows(
 
     With `intervals` the fields `<value>_low` and `<value>_high` follow in brackets.
     """
-    for model, context in curves(results):
+    results = Comparison(results)
+    for model, context in results.curves():
         cells = []
-        for row in curve(results, model, protocol, context):
+        for row in results.curve(model, protocol, context):
             ends = (row[f"{value}_low"], row[f"{value}_high"]) if intervals else (None, None)
-            cells.append(format_interval(row[value], *ends) if row["status"] == "ok" else "cannot run")
-        yield curve_name(results, model, context), cells
+            cells.append(format_interval(row[value], *ends) if row["status"] == OK else CANNOT_RUN)
+        yield results.curve_name(model, context), cells
 
 
 def passkey_rows(results: Results) -> Iterator[tuple[str, list[str]]]:
     """Yield, for each model and baseline, its name and the share of keys found at each length as text."""
+    results = Comparison(results)
     rows = [row for row in results["passkey"]["rows"] if row["depth"] is None]
     for model, context in dict.fromkeys((row["model"], row["context"]) for row in rows):
         cells = [_share(row) for row in rows if (row["model"], row["context"]) == (model, context)]
-        yield curve_name(results, model, context), cells
+        yield results.curve_name(model, context), cells
 
 
 def _share(row: Mapping[str, Any]) -> str:
-    if row["status"] != "ok":
-        return "cannot run"
+    if row["status"] != OK:
+        return CANNOT_RUN
     return f"{row['found'] / row['cases']:.0%} [{row['low']:.0%}, {row['high']:.0%}]"
 
 
-def _sections(results: Results) -> Iterator[str]:
+def _sections(results: Comparison) -> Iterator[str]:
     yield f"# {_TITLE}"
     yield _compared(results)
-    for protocol in protocols(results):
+    for protocol in results.protocols():
         yield _protocol_section(results, protocol)
     yield "![Perplexity against evaluation length, one panel a protocol](perplexity.png)"
     yield from _ratios(results)
@@ -161,7 +158,7 @@ def _sections(results: Results) -> Iterator[str]:
     yield _environment(results)
 
 
-def _compared(results: Results) -> str:
+def _compared(results: Comparison) -> str:
     settings = results["settings"]
     header = ["model", "source", "type", "positions", "made for", "trained here", "attention", "dtype", "parameters"]
     cells = [
@@ -193,7 +190,7 @@ def _trained(model: Mapping[str, Any]) -> str:
     return "not known" if training is None else f"{training['steps']:,} steps, {training['tokens']:,} tokens"
 
 
-def _made_for(results: Results, model: str) -> str:
+def _made_for(results: Comparison, model: str) -> str:
     """For which length a model was made, and at which a conversion was trained."""
     described = results["models"][model]
     length = described["made_for"]
@@ -202,25 +199,25 @@ def _made_for(results: Results, model: str) -> str:
     return "not said" if length is None else f"{length:,} tokens"
 
 
-def _ratios(results: Results) -> Iterator[str]:
+def _ratios(results: Comparison) -> Iterator[str]:
     """A table for each converted model: its perplexity divided by that of every other line at the same length."""
-    protocol = protocols(results)[0]
+    protocol = results.protocols()[0]
     entries = [
         entry
         for entry in results["comparisons"]
         if entry["protocol"] == protocol and entry["length"] == entry["against_length"]
     ]
-    lengths, title = protocol_lengths(results, protocol), protocol_title(results, protocol).lower()
+    lengths, title = results.protocol_lengths(protocol), results.protocol_title(protocol).lower()
     for model in dict.fromkeys(entry["model"] for entry in entries):
         cells = []
-        for other in curves(results):
+        for other in results.curves():
             found = {
                 entry["length"]: format_interval(entry["ratio"], entry["ratio_low"], entry["ratio_high"])
                 for entry in entries
                 if (entry["model"], entry["against_model"], entry["against_context"]) == (model, *other)
             }
             if found:
-                cells.append([curve_name(results, *other), *(found.get(length, "-") for length in lengths)])
+                cells.append([results.curve_name(*other), *(found.get(length, "-") for length in lengths)])
         yield (
             f"Perplexity of **{model}** divided by that of another model at the same length, {title} (below 1: it is "
             "better), in brackets the paired 95 % interval:"
@@ -228,10 +225,10 @@ def _ratios(results: Results) -> Iterator[str]:
         yield markdown_table(["divided by", *map(str, lengths)], cells)
 
 
-def _definitions(results: Results) -> Iterator[str]:
+def _definitions(results: Comparison) -> Iterator[str]:
     """What each baseline is, and why a model does not have all that are made for it."""
     models, train_length = results["models"], results["settings"]["train_length"]
-    if any(row["context"] == "cropped" for row in results["rows"]):
+    if any(row["context"] == CROPPED for row in results["rows"]):
         yield _CROPPED.format(train_length=train_length)
     chosen = {baseline for model in models.values() for baseline in model["baselines"]}
     if "sliding_window" in chosen:
@@ -247,7 +244,7 @@ def _definitions(results: Results) -> Iterator[str]:
     yield f"**Beginning of sequence**: {_bos(results)}"
 
 
-def _bos(results: Results) -> str:
+def _bos(results: Comparison) -> str:
     settings = results["settings"]
     documents, windows = (settings[name] for name in ("document_bos", "window_bos"))
     parts = [
@@ -263,14 +260,12 @@ def _bos(results: Results) -> str:
     return "; ".join(parts) + ". End-of-sequence tokens stand between documents; all tokens of the stream are scored."
 
 
-def _protocol_section(results: Results, protocol: str) -> str:
+def _protocol_section(results: Comparison, protocol: str) -> str:
     settings = results["settings"]
-    lengths = [
-        f"{length} ({times(length, settings['train_length'])})" for length in protocol_lengths(results, protocol)
-    ]
+    lengths = [f"{length} ({times(length, settings['train_length'])})" for length in results.protocol_lengths(protocol)]
     parts = [
-        f"## {protocol_title(results, protocol)}",
-        _PROTOCOLS.get(protocol, "").format(stride=stride_words(results)),
+        f"## {results.protocol_title(protocol)}",
+        _PROTOCOLS.get(protocol, "").format(stride=results.stride_words()),
     ]
     tables = (
         ("perplexity", "Perplexity per token (lower is better), in brackets its 95 % interval:", True),
@@ -278,12 +273,12 @@ def _protocol_section(results: Results, protocol: str) -> str:
     )
     for value, title, intervals in tables:
         cells = [[name, *cells] for name, cells in table_rows(results, protocol, value, intervals=intervals)]
-        rows = [[_SEEN, *tokens_seen(results, protocol)], *cells]
+        rows = [[_SEEN, *results.tokens_seen(protocol)], *cells]
         parts += [title, markdown_table(["model", *lengths], rows)]
     return "\n\n".join(parts)
 
 
-def _passkey(results: Results) -> Iterator[str]:
+def _passkey(results: Comparison) -> Iterator[str]:
     if "passkey" not in results:
         return
     yield "## Passkey probe"
@@ -293,7 +288,7 @@ def _passkey(results: Results) -> Iterator[str]:
     yield "![Share of keys found by depth and length, one panel a model](passkey.png)"
 
 
-def _position_text(results: Results) -> str:
+def _position_text(results: Comparison) -> str:
     windows = ", ".join(
         f"{model}: {curve['windows']} window{'' if curve['windows'] == 1 else 's'} of {curve['length']} tokens"
         for model, curve in results["position_loss"].items()
@@ -304,7 +299,7 @@ def _position_text(results: Results) -> str:
     )
 
 
-def _environment(results: Results) -> str:
+def _environment(results: Comparison) -> str:
     environment, settings, intervals = (results[part] for part in ("environment", "settings", "intervals"))
     packages = ", ".join(
         f"{name} {version}" for name, version in environment["packages"].items() if version is not None
@@ -314,7 +309,7 @@ def _environment(results: Results) -> str:
     return (
         f"Python {environment['python']}, {packages}; device: {environment['device']}; commit: {commit}. "
         f"Lengths {', '.join(map(str, settings['lengths']))}; {settings['scored_tokens']} tokens scored; "
-        f"stride {stride_words(results)}. Intervals: {intervals['level']:.0%} percentile bootstrap, "
+        f"stride {results.stride_words()}. Intervals: {intervals['level']:.0%} percentile bootstrap, "
         f"{intervals['resamples']} resamples, {resampling}; ratios are paired, both perplexities being "
         "those of the same tokens. All numbers are in `results.json`, the perplexities also in `results.csv`."
     )
