@@ -1,5 +1,5 @@
 # Sourced by demo.sh and test.sh: goes to the project's root and makes .venv ready, once for each set of requirements.
-# With TRANSFORMERS=5.4 in the environment, the same in an environment of its own with that version of transformers.
+# With TRANSFORMERS=5.12 in the environment, the same in an environment of its own with that version of transformers.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=.venv${TRANSFORMERS:+-transformers-$TRANSFORMERS}
 stamp=$venv/.installed-$(cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)

@@ -12,7 +12,7 @@ from typing import Any
 
 __all__ = [
     "FamilyTable",
-    "counts_runs_of_layers",
+    "counts_other_layers",
     "is_listed",
     "refusal",
     "scales_by_position",
@@ -143,9 +143,9 @@ def scales_by_position(config: Any) -> bool:
     return stock_type(config) == "beam"
 
 
-def counts_runs_of_layers(config: Any) -> bool:
-    """Whether the family runs its layers several times, and its config counts each run as a layer."""
-    return stock_type(config) == "hrm_text"
+def counts_other_layers(config: Any) -> bool:
+    """Whether the config of the family counts layers without attention, or each run of a layer, among its layers."""
+    return stock_type(config) in ("bamba", "hrm_text", "jamba", "kimi_linear", "nemotron_h", "zamba", "zamba2")
 
 
 def _names(rows: dict[str, str], what: str, quote: str = "") -> str:

@@ -16,7 +16,7 @@ from ..attention.backends import alibi_name
 from ..configuration import Converted, text_config
 from .anatomy import is_rotary, position_modules, self_attentions, text_decoder
 from .compat import record_outputs_by_class
-from .families import counts_runs_of_layers, refusal, stock_type
+from .families import counts_other_layers, refusal, stock_type
 from .own_attention import convert_own_attention
 from .positions import NoPositions, NoRotation
 
@@ -77,7 +77,8 @@ def _attention_layers(model: PreTrainedModel) -> int:
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
         return sum(kind == "hybrid" or ("attention" in kind and "linear" not in kind) for kind in kinds)
-    if counts_runs_of_layers(config):
+    # Beside no layer_types, which older versions of transformers do not have for hybrids.
+    if counts_other_layers(config):
         return 1
     layers = getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None) or 1
     return int(layers) - len(getattr(config, "cross_attention_layers", None) or ())

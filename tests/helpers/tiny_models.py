@@ -6,6 +6,8 @@ from dataclasses import MISSING, fields
 from zlib import crc32
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -22,6 +24,9 @@ NOT_BUILT: dict[str, str] = {
     "gemma4_assistant": "drafts from the keys, values and hidden states of another model; does not run from token ids",
     "gemma4_unified_assistant": "as gemma4_assistant; its config also wants earlier layers whose keys to share",
 }
+if Version(transformers.__version__) < Version("5.20"):
+    names = "bamba diffllama falcon_h1 granitemoehybrid lfm2 lfm2_moe moshi nemotron nemotron_h zamba zamba2"
+    NOT_BUILT |= dict.fromkeys(names.split(), "transformers before 5.20 has other attention, caches or kernels for it")
 
 VOCABULARY = 99
 
@@ -237,6 +242,18 @@ def _tiny_fields(config_class: type[PreTrainedConfig]) -> dict:
     return small
 
 
+def _parts(config_class):
+    """Field, class and default values of each part of a composite; older versions of transformers say no values."""
+    specs = getattr(config_class, "sub_configs_defaults", None)
+    if specs is None:
+        for key, part in config_class.sub_configs.items():
+            yield key, part if issubclass(part, PreTrainedConfig) else CONFIG_MAPPING["llama"], None
+        return
+    for key, spec in specs.items():
+        part = spec.config_class
+        yield key, part if issubclass(part, PreTrainedConfig) else CONFIG_MAPPING[spec.model_type], spec.init_kwargs
+
+
 def tiny_config(config_class: type[PreTrainedConfig], base: dict | None = None, **changes) -> PreTrainedConfig:
     """A small config of this class, with `base` for what is not made small.
 
@@ -245,15 +262,12 @@ def tiny_config(config_class: type[PreTrainedConfig], base: dict | None = None, 
     # A copy: configs complete the dicts that they are given in place.
     known = deepcopy(OVERRIDES.get(config_class.model_type, {}))
     parts = {}
-    for key, spec in config_class.sub_configs_defaults.items():
-        part_class = spec.config_class
-        if not issubclass(part_class, PreTrainedConfig):
-            part_class = CONFIG_MAPPING[spec.model_type]
+    for key, part_class, defaults in _parts(config_class):
         inner = dict(known.get(key, {}))
         if key in ("text_config", "decoder"):
             names = {*_field_defaults(part_class), *part_class.attribute_map}
             inner.update({name: changes.pop(name) for name in list(changes) if name in names})
-        parts[key] = tiny_config(part_class, spec.init_kwargs, **inner)
+        parts[key] = tiny_config(part_class, defaults, **inner)
     changes = {config_class.attribute_map.get(name, name): value for name, value in changes.items()}
     return config_class(**{**(base or {}), **_tiny_fields(config_class), **known, **parts, **changes})
 
