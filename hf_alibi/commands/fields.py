@@ -82,6 +82,6 @@ def help_lines(classes: Iterable[type[Any]], width: int) -> list[str]:
         for field in dataclasses.fields(cls):
             made = field.default_factory() if callable(field.default_factory) else field.default
             default = "" if made in (None, dataclasses.MISSING) else f" [{made}]"
-            line = f"  --{field.name}{default}  {field.metadata['help']}"
+            line = f"  {f'--{field.name}{default}':<34} {field.metadata['help']}"
             lines.append(line if len(line) <= width else f"{line[: width - 1]}…")
     return lines

@@ -102,7 +102,7 @@ def matching_order(reaches: Sequence[float], key_heads: int) -> list[int]:
     # Which group's heads go to each place, at the least sum.
     for place, chosen in zip(*linear_sum_assignment(cost.T.numpy()), strict=True):
         for head, where in zip(own_sorted.indices[chosen], place_sorted.indices[place], strict=True):
-            order[place * group + int(where)] = chosen * group + int(head)
+            order[int(place) * group + int(where)] = int(chosen) * group + int(head)
     return order
 
 

@@ -102,7 +102,9 @@ def test_the_reach_is_the_mean_distance_without_the_first_token():
     ],
 )
 def test_orders(reaches, key_heads, expected):
-    assert matching_order(reaches, key_heads) == expected
+    order = matching_order(reaches, key_heads)
+    assert order == expected
+    assert {type(head) for head in order} == {int}  # metrics.json has it
 
 
 def test_no_order_that_keeps_groups_is_better():
