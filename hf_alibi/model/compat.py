@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,8 +81,8 @@ def record_outputs_by_class(model: PreTrainedModel) -> None:
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
     registry: Any = _CAN_RECORD_REGISTRY
-    # By instance since transformers 5.21, by the name of the class before.
-    registry[model if isinstance(registry, WeakKeyDictionary) else str(type(model))] = model._can_record_outputs
+    # By instance in newer versions of transformers, in a plain dict by the name of the class before.
+    registry[str(type(model)) if type(registry) is dict else model] = model._can_record_outputs
 
 
 @cache

@@ -485,7 +485,7 @@ def test_folder_in_use_is_left_alone():
 
 def test_earlier_run_is_not_overwritten():
     finetune(arguments(max_steps=2))
-    refused("choose another folder, or go on .* `--resume_from_checkpoint true`", arguments(max_steps=2))
+    refused("choose another folder, or resume .* `--resume_from_checkpoint true`", arguments(max_steps=2))
 
 
 def _cut(folder):
