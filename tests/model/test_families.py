@@ -61,9 +61,13 @@ NO_CHUNKS = {
 
 
 def present(model_types):
-    """Test parameters; a type that this version of transformers lacks is skipped."""
-    absent = pytest.mark.skip(reason="absent from this version of transformers")
-    return [pytest.param(name, marks=() if name in CONFIG_MAPPING else absent) for name in model_types]
+    """Test parameters; a type that this version of transformers lacks, or has otherwise, is skipped."""
+    reasons = {name: "absent from this version of transformers" for name in model_types if name not in CONFIG_MAPPING}
+    reasons = {**NOT_BUILT, **reasons}
+    return [
+        pytest.param(name, marks=pytest.mark.skip(reason=reasons[name]) if name in reasons else ())
+        for name in model_types
+    ]
 
 
 families = pytest.mark.parametrize("family", present([*SUPPORTED, *ALIASES]))
