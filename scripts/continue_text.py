@@ -11,18 +11,19 @@ import argparse
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-import hf_alibi  # noqa: F401  # registers the ALiBi classes
+from hf_alibi.model.anatomy import is_alibi
 from hf_alibi.training.data import load_tokenizer, load_tokens
 from hf_alibi.training.settings import PYTHON_DOCS, DataArguments
 
 SHOWN = 300  # characters of the prompt
 
 
-def continuation(folder: str, prompt: torch.Tensor, tokenizer: PreTrainedTokenizerBase, new_tokens: int) -> str:
-    """What the model in `folder` writes after `prompt`, (tokens,)."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+def continuation(
+    model: PreTrainedModel, prompt: torch.Tensor, tokenizer: PreTrainedTokenizerBase, new_tokens: int
+) -> str:
+    """What `model` writes after `prompt`, (tokens,)."""
     torch.manual_seed(0)
     options = {"do_sample": True, "temperature": 0.5, "top_k": 0, "max_new_tokens": new_tokens}
     written = model.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), **options)
@@ -45,9 +46,10 @@ def main() -> None:
     prompt = tokens[-args.tokens - args.new_tokens : -args.new_tokens]
     print(f"A prompt of {len(prompt)} tokens, which ends:\n\n… {tokenizer.decode(prompt)[-SHOWN:]}")
     for folder in args.models:
-        kind = "ALiBi" if "Alibi" in type(AutoModelForCausalLM.from_pretrained(folder)).__name__ else "original"
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        kind = "ALiBi" if is_alibi(model.config) else "original"
         print(f"\n--- {kind} ({folder}) goes on:\n")
-        print(continuation(folder, prompt, tokenizer, args.new_tokens))
+        print(continuation(model, prompt, tokenizer, args.new_tokens))
 
 
 if __name__ == "__main__":

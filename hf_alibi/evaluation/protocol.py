@@ -15,7 +15,7 @@ even for a model that uses only the few tokens before each target. It is neverth
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import InputError
 
@@ -112,7 +112,7 @@ class Protocol:
             raise InputError(
                 f"train_length {train_length} is not among lengths {list(lengths)}; add it, the comparison starts there"
             )
-        largest = max(1, min(lengths) // _STRIDES_IN_A_WINDOW)
+        largest = replace(self, stride=None).stride_at(min(lengths))
         if self.stride is not None and not 1 <= self.stride <= largest:
             raise InputError(
                 f"stride {self.stride} given; allowed: 1 to {largest}, an eighth of the smallest length, "

@@ -8,7 +8,6 @@ nothing of it has to come back from the GPU.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -63,6 +62,7 @@ def flex_alibi_attention(
     Raises ValueError for dropout, gradients on the CPU, and a mask under which a query sees no run of tokens. In a
     model under torch.compile, which cannot raise for what values say, the output of such a query is NaN.
     """
+    query, key, value = autocast(query.device, query, key, value)
     states = (query, key, value)
     call = resolve("flex_attention", module, states, attention_mask, scaling=scaling, dropout=dropout, kwargs=kwargs)
     if dropout:
@@ -71,8 +71,6 @@ def flex_alibi_attention(
         raise ValueError(
             f"flex_attention has no backward pass on the CPU; use it under torch.no_grad(), {_OTHERWISE} to train"
         )
-    query, key, value = autocast(query.device, *states)
-    call = replace(call, query=query, key=key, value=value)
     runs = runs_of(attention_mask, query, key)
     # A tensor of this call: one that was cached in inference mode could not be kept for a backward pass.
     penalty = call.slopes.per_head.clone()
