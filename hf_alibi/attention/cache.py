@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .call import AttentionCall
+from .tolerance import log_sum_of_bias
 
 __all__ = ["AlibiCache", "AlibiLayer", "CachedStates"]
 
@@ -191,8 +192,7 @@ class AlibiLayer(CacheLayerMixin):
         if lse is None:
             return
         per_head = slopes.per_head.to(query.device).clamp(min=1e-30)
-        # Logarithm of the sum of geometric weights, over the weight of the nearest.
-        series = -(-torch.expm1(-per_head)).log()
+        series = log_sum_of_bias(per_head)
         key_norm = torch.stack([store.norm for store in self.stores], dim=1)
         key_norm = key_norm.repeat_interleave(len(per_head) // len(self.stores), dim=1)
         self._check(norm * key_norm[..., None] - lse + series[:, None], per_head, limit)

@@ -26,13 +26,8 @@ def eager_alibi_attention(
 ) -> tuple[Tensor, Tensor]:
     """Causal attention with the ALiBi bias, computed in float32 or wider whatever the type of the inputs.
 
-    Args:
-        module: the self-attention layer; its config holds the slopes.
-        query: (batch, heads, queries, head_dim).
-        key, value: (batch, key-value heads, keys, head_dim); heads are grouped if there are fewer.
-        attention_mask: see `visible_keys`.
-        scaling: of the logits; 1 / sqrt(head_dim) if None.
-        dropout: probability, applied to the weights in training.
+    Arguments as in `resolve`, but:
+        dropout: in training only.
         kwargs: `softcap`, which bounds the logits before the bias is added (Gemma 2); `s_aux`, (heads,), the logit of
             a sink that takes a share of each query's weights (gpt-oss).
 

@@ -38,13 +38,8 @@ def flash_alibi_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention with the ALiBi bias, for float16 and bfloat16 on a CUDA device.
 
-    Args:
-        module: the self-attention layer; its config holds the slopes.
-        query: (batch, heads, queries, head_dim), at the last positions of the keys.
-        key, value: (batch, key-value heads, keys, head_dim); heads are grouped if there are fewer.
-        attention_mask: see `_without_padding`; None means that every key is a token.
-        scaling: of the logits; 1 / sqrt(head_dim) if None.
-        dropout: probability, applied to the weights.
+    Arguments as in `resolve`, but:
+        attention_mask: see `_without_padding`; None means that every key is a token, queries at the last ones.
         kwargs: `sliding_window`, the number of tokens that a query sees, itself included; `deterministic` gradients,
             by default as the environment variable FLASH_ATTENTION_DETERMINISTIC says; packing, see `_packing`.
 

@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
-from ..attention.query_blocks import in_blocks
+from ..attention.blocks import in_blocks
 
 __all__ = ["sliding_window_attention"]
 

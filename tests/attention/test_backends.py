@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from helpers import reference
 from helpers.attention import ANYWHERE, LargestTensor, expected, largest, layer, qkv, run
-from hf_alibi.attention import query_blocks
+from hf_alibi.attention import blocks
 from hf_alibi.attention.backends import alibi_name
 from hf_alibi.attention.sdpa import factored
 
@@ -198,7 +198,7 @@ def test_memory_grows_linearly_forward_and_backward(monkeypatch, masked, dropout
     """No operation makes a (heads, length, length) matrix; with a mask or dropout, blocks stay within their budget."""
     length, heads, width = 1024, 4, 16
     budget = heads * length * 32
-    monkeypatch.setattr(query_blocks, "_DENSE_ENTRIES", budget)
+    monkeypatch.setattr(blocks, "_DENSE_ENTRIES", budget)
     inputs = [x.requires_grad_() for x in qkv(1, heads, heads, length, length, width)]
     mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril() if masked else None
     saved = {}
@@ -221,14 +221,14 @@ def test_masked_blocks_equal_one_block(monkeypatch):
     mask = torch.ones(2, 1, 50, 50, dtype=torch.bool).tril()
     mask[1, ..., :9] = False
     whole = run("unwindowed", query, key, value, mask)
-    monkeypatch.setattr(query_blocks, "_DENSE_ENTRIES", 2 * 4 * 50 * 7)
+    monkeypatch.setattr(blocks, "_DENSE_ENTRIES", 2 * 4 * 50 * 7)
     assert largest(run("unwindowed", query, key, value, mask), whole) < EXACT
 
 
 @pytest.mark.parametrize("mask_kind", ["causal", "bool"])
 def test_blocks_with_dropout_have_the_gradient_of_their_forward(monkeypatch, mask_kind):
     """Recomputed blocks must drop the same weights again: finite differences under one seed agree with backward."""
-    monkeypatch.setattr(query_blocks, "_DENSE_ENTRIES", 4 * 20 * 6)
+    monkeypatch.setattr(blocks, "_DENSE_ENTRIES", 4 * 20 * 6)
     query, key, value = qkv(1, 4, 2, 20, 20, width=4, dtype=torch.float64)
     mask = None if mask_kind == "causal" else torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
     module = layer(4).train()

@@ -1,8 +1,8 @@
 """ALiBi attention on PyTorch's flex_attention (Dong et al. 2024, arXiv 2412.05496): the bias is part of the kernel.
 
 The kernel gets slopes, and what each query sees, as tensors, so that one serves all masks and lengths. Each head leaves
-out blocks of far keys that provably do not matter, by the bound of `reach`. Here it is taken for all heads at once, and
-nothing of it has to come back from the GPU.
+out blocks of far keys that provably do not matter, by the bounds in `tolerance`. They are taken for all heads at once,
+and nothing of them has to come back from the GPU.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad
 
+from ..blocks import by_block
 from ..call import AttentionCall, autocast, resolve
-from ..tolerance import left_out
-from .runs import BLOCK, Runs, by_block, runs_of, visible_blocks
+from ..tolerance import centroid_and_radius, left_out, log_sum_of_bias
+from .runs import BLOCK, Runs, runs_of, visible_blocks
 
 __all__ = ["flex_alibi_attention"]
 
@@ -46,14 +47,9 @@ def flex_alibi_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention with the ALiBi bias, which is added in float32 whatever the type of the inputs.
 
-    Args:
-        module: the self-attention layer; its config holds the slopes and, as `alibi_tolerance`, the share of a row's
-            weights that may be left out; None for `exact_tolerance`.
-        query: (batch, heads, queries, head_dim).
-        key, value: (batch, key-value heads, keys, head_dim); heads are grouped if there are fewer.
+    Arguments as in `resolve`, but:
         attention_mask: a BlockMask, of which the `mask_mod` counts, or a bool mask, the same for all heads; None as in
             `visible_keys`.
-        scaling: of the logits; 1 / sqrt(head_dim) if None.
         dropout: must be 0.
         kwargs: `kernel_options`, see flex_attention.
 
@@ -206,23 +202,20 @@ def _kept_blocks(query: Tensor, key: Tensor, runs: Runs, slopes: Tensor, scaling
         scaling: of the logits.
         tolerance: share of a row's weights that everything left out may have together.
 
-    A block of queries reads its own and the previous block of keys, whose log-sum-exp is the measure. A further block
-    with centroid c and radius r holds no key with a logit above q·c + |q| r - slope × distance (Cauchy-Schwarz).
+    A block of queries reads its own and the previous block of keys, whose log-sum-exp is the measure.
     """
     heads, key_heads, device = query.shape[1], key.shape[1], query.device
     slope = slopes.view(key_heads, -1, 1, 1)
     row = torch.arange(BLOCK, device=device)
-    query = by_block(query, 0.0, dim=2).unflatten(1, (key_heads, -1))
-    first, last = by_block(runs.first, 0)[:, None, None], by_block(runs.last, -1)[:, None, None]
+    query = by_block(query, BLOCK, 0.0, dim=2).unflatten(1, (key_heads, -1))
+    first, last = by_block(runs.first, BLOCK, 0)[:, None, None], by_block(runs.last, BLOCK, -1)[:, None, None]
     count = query.shape[3]
-    near_key = pad(by_block(key, 0.0, dim=2).flatten(2, 3), (0, 0, BLOCK, 0)).unfold(2, 2 * BLOCK, BLOCK)
+    near_key = pad(by_block(key, BLOCK, 0.0, dim=2).flatten(2, 3), (0, 0, BLOCK, 0)).unfold(2, 2 * BLOCK, BLOCK)
     far_key = key[:, :, None, : (count - 1) * BLOCK].unflatten(3, (-1, BLOCK)).float()
-    centroid = far_key.mean(dim=4)
-    radius = (far_key - centroid[..., None, :]).norm(dim=-1).amax(dim=-1)[:, :, :, None]
-    radius = radius + _ROUNDING * far_key.norm(dim=-1).amax(dim=-1)[:, :, :, None]
-    # What the bias leaves of a block of keys, over that of its nearest key: the sum of a geometric series.
-    ratio = -slope.clamp(min=1e-9)
-    series = torch.log(torch.expm1(BLOCK * ratio) / torch.expm1(ratio)) + 1e-3
+    centroid, radius = centroid_and_radius(far_key)
+    radius = (radius + _ROUNDING * far_key.norm(dim=-1).amax(dim=-1))[:, :, :, None]
+    # What the bias leaves of a block of keys, over that of its nearest key.
+    series = log_sum_of_bias(slope.clamp(min=1e-9), BLOCK) + 1e-3
     entries = _CPU_ENTRIES if device.type == "cpu" else _GPU_ENTRIES
     step = max(1, entries // (query.shape[0] * heads * BLOCK * (2 * BLOCK + count)))
     kept = []
@@ -246,7 +239,7 @@ def _kept_blocks(query: Tensor, key: Tensor, runs: Runs, slopes: Tensor, scaling
 
 def _sink_blocks(runs: Runs, sink_tokens: int) -> Tensor:
     """Bool (batch, 1, query blocks, key blocks), True where a query block sees sinks; a key's position is its index."""
-    first = by_block(runs.first, runs.first.shape[-1])
+    first = by_block(runs.first, BLOCK, runs.first.shape[-1])
     begin = torch.arange(first.shape[1], device=first.device) * BLOCK
     sees = (first[..., None] < begin + BLOCK) & (first[..., None] + sink_tokens > begin)
     return sees.any(dim=-2)[:, None]

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 from torch.nn.functional import pad
 
+from ..blocks import by_block
 from ..inputs import visible_keys, visible_range
 
-__all__ = ["BLOCK", "Runs", "by_block", "runs_of", "visible_blocks"]
+__all__ = ["BLOCK", "Runs", "runs_of", "visible_blocks"]
 
 BLOCK = 128
 """Queries, and keys, a block."""
@@ -193,18 +194,10 @@ def visible_blocks(runs: Runs, keys: int) -> tuple[Tensor, Tensor]:
     place = runs.position
     if place is None:
         place = torch.arange(keys, device=runs.first.device)[None]
-    place = by_block(place, -1)[:, None]
+    place = by_block(place, BLOCK, -1)[:, None]
     lowest, highest = place.amin(dim=-1), place.amax(dim=-1)
-    first, last = by_block(runs.first, keys), by_block(runs.last, -1)
+    first, last = by_block(runs.first, BLOCK, keys), by_block(runs.last, BLOCK, -1)
     full = (first.amax(dim=-1, keepdim=True) <= lowest) & (last.amin(dim=-1, keepdim=True) >= highest)
     nearest = torch.where(place < 0, keys, place).amin(dim=-1)
     some = (first.amin(dim=-1, keepdim=True) <= highest) & (last.amax(dim=-1, keepdim=True) >= nearest)
     return (some & ~full)[:, None], full[:, None]
-
-
-def by_block(values: Tensor, fill: float, dim: int = -1) -> Tensor:
-    """(..., tokens, ...) to (..., blocks, BLOCK, ...) along `dim`, the last block filled up."""
-    spare = -values.shape[dim] % BLOCK
-    after = [0] * (2 * (values.ndim - 1 - dim % values.ndim))
-    blocks: Tensor = pad(values, (*after, 0, spare), value=fill).unflatten(dim, (-1, BLOCK))
-    return blocks

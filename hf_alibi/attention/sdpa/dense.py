@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ...bias import alibi_bias
+from ..blocks import dense_rows, in_blocks
 from ..call import AttentionCall
 from ..inputs import visible_keys
-from ..query_blocks import dense_rows, in_blocks
 
 __all__ = ["dense_attention"]
 

@@ -45,13 +45,7 @@ def sdpa_alibi_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention with the ALiBi bias, exact in every floating-point type.
 
-    Args:
-        module: the self-attention layer; its config holds the slopes.
-        query, key, value: see `AttentionCall`.
-        attention_mask: see `visible_keys`; None with more keys than queries means that the keys past the queries are
-            still empty (the first step with a static cache).
-        scaling: of the logits; 1 / sqrt(head_dim) if None.
-        dropout: probability, applied to the weights.
+    Arguments as in `resolve`. Without a mask, keys past several queries are still empty (a static cache's first step).
 
     Returns the output (batch, queries, heads, head_dim) and None: this backend has no weights to show.
     """

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ...bias import causal_rows
+from ..blocks import dense_rows, in_blocks
 from ..call import AttentionCall
-from ..query_blocks import dense_rows, in_blocks
 
 __all__ = ["factored_attention"]
 

@@ -1,12 +1,8 @@
 """Which keys a head must read: all others provably carry less of each row's weights than a tolerance.
 
-A head has read its near keys and knows the log-sum-exp of their logits. A key at distance d then carries at most
-exp(bound of its logit - slope × d - log-sum-exp) of the row. Far keys are taken in blocks, and blocks are left out as
-long as the bounds of all that is left out add up to less than the tolerance. The bound comes from the data of this
-very call, so it holds for any weights; what cannot be compared (NaN) is read.
-
-Source of the bounds: |q·k - q·c| <= |q| r for every key of a block with centroid c and radius r (Cauchy-Schwarz). For
-all keys further than d, slope × d outgrows |q| |k|, and a geometric series bounds their sum.
+A head has read its near keys and knows the log-sum-exp of their logits. Far keys are taken in blocks, and blocks are
+left out as long as the bounds of all that is left out add up to less than the tolerance; see there for the bounds. From
+some distance on, slope × distance outgrows |q| |k|, and a geometric series bounds the sum of all keys beyond.
 """
 
 from __future__ import annotations
@@ -18,9 +14,9 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from ..tolerance import left_out
+from ..blocks import by_block
+from ..tolerance import centroid_and_radius, left_out, log_sum_of_bias
 
 __all__ = ["Kept", "Span", "far_spans", "kept_blocks", "widest_window"]
 
@@ -100,7 +96,6 @@ def kept_blocks(
         slope, scaling, block: logits per token of distance; of the logits; queries, and keys, a block.
         tolerance: share of a row's weights that everything left out may have together.
     """
-    slope = max(slope, 1e-30)
     queries, keys = query.shape[1], key.shape[1]
     count = -(-queries // block)
     # Key blocks end where near keys start, so the first may be short; this many lie before the near keys of each block.
@@ -108,13 +103,12 @@ def kept_blocks(
     last_far = offset + (count - 2) * block
     if last_far <= 0:
         return
+    slope = max(slope, 1e-30)
     # Of far keys only: what is read must not depend on the last tokens, which no earlier query may see.
     query_norm, key_norm = norms[0] * abs(scaling), float(norms[1][:last_far].max())
     largest = key_norm * float(query_norm.max())
     slack = 1e-3 + 1e-5 * largest
-    # Logarithm of the sum of geometric weights, over the weight of the nearest.
-    series = -math.log(-math.expm1(-slope))
-    beyond = slack + min(series, math.log(keys)) - math.log(_TAIL_SHARE * tolerance)
+    beyond = slack + _series(slope, keys) - math.log(_TAIL_SHARE * tolerance)
     if (largest - float(lse.min()) + beyond) / slope <= block:
         return
     short = offset % block
@@ -122,7 +116,7 @@ def kept_blocks(
     # A query that is not the first of its block is that much further from every far key.
     rest = lse.float() + slope * (torch.arange(queries) % block)
     peak = query_norm * key_norm - rest
-    distance = ((_by_block(peak, block).amax(dim=(0, 2)) + beyond) / slope / block).nan_to_num(nan=math.inf)
+    distance = ((by_block(peak, block, -math.inf).amax(dim=(0, 2)) + beyond) / slope / block).nan_to_num(nan=math.inf)
     ruled_out = (far - (distance - 1).ceil().clamp(min=0, max=count + keys).long()).clamp(min=0)
     groups = _groups(queries, block, ruled_out < far)
     if not groups:
@@ -134,9 +128,9 @@ def kept_blocks(
         start, stop = int(ruled_out[first:end].min()), int(far[first:end].max())
         rows = slice(first * block, min(end * block, queries))
         bound = right[:, start:stop] @ left[:, rows].transpose(-1, -2)
-        bound = _by_block(bound, block).amax(dim=(0, 3)).T
+        bound = by_block(bound, block, -math.inf).amax(dim=(0, 3)).T
         distance = offset + torch.arange(first, end)[:, None] * block - last[start:stop]
-        share = bound - slope * distance + slack + min(series, math.log(block))
+        share = bound - slope * distance + slack + _series(slope, block)
         is_far = torch.arange(start, stop) < far[first:end, None]
         out = left_out(share.masked_fill(~is_far, math.inf), (1 - _TAIL_SHARE) * tolerance)
         yield Kept(first, start, is_far & ~out, far[first:end])
@@ -161,23 +155,17 @@ def far_spans(groups: Iterable[Kept], queries: int, keys: int, block: int) -> li
     return spans
 
 
-def _by_block(values: Tensor, block: int) -> Tensor:
-    """(..., queries) to (..., blocks, block); what fills up the last block is minus infinity."""
-    spare = -values.shape[-1] % block
-    blocks: Tensor = pad(values, (0, spare), value=-math.inf).unflatten(-1, (-1, block))
-    return blocks
-
-
 def _summaries(key: Tensor, short: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Centroid (batch, blocks, head_dim), radius (batch, blocks) and index of the last key (blocks,) of key blocks."""
     parts = [key[:, :short].unflatten(1, (-1, short))] if short else []
     parts.append(key[:, short:].unflatten(1, (-1, block)))
-    centroids = [part.mean(dim=2) for part in parts]
-    radii = [
-        (part - centroid[:, :, None]).norm(dim=-1).amax(dim=-1) for part, centroid in zip(parts, centroids, strict=True)
-    ]
+    centroids, radii = zip(*map(centroid_and_radius, parts), strict=True)
     last = torch.arange((short or block) - 1, key.shape[1], block)
     return torch.cat(centroids, dim=1), torch.cat(radii, dim=1), last
+
+
+def _series(slope: float, keys: int) -> float:
+    return float(log_sum_of_bias(torch.tensor(slope, dtype=torch.float64), keys))
 
 
 def _spans(group: Kept, rows: slice, block: int, offset: int) -> list[Span]:

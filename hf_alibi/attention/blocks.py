@@ -1,4 +1,4 @@
-"""Attention in blocks of queries, so that memory grows linearly with length."""
+"""Tokens in blocks; attention for a block of queries at a time, so that memory grows linearly with length."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["dense_rows", "in_blocks"]
+__all__ = ["by_block", "dense_rows", "in_blocks"]
 
 # Entries of a dense (batch, heads, rows, keys) matrix that may stand in memory at a time: 64 MiB in float32.
 _DENSE_ENTRIES = 2**24
+
+
+def by_block(values: Tensor, block: int, fill: float, dim: int = -1) -> Tensor:
+    """(..., tokens, ...) to (..., blocks, block, ...) along `dim`, the last block filled up."""
+    spare = -values.shape[dim] % block
+    after = [0] * (2 * (values.ndim - 1 - dim % values.ndim))
+    blocks: Tensor = pad(values, (*after, 0, spare), value=fill).unflatten(dim, (-1, block))
+    return blocks
 
 
 def dense_rows(query: Tensor, key: Tensor) -> int:
