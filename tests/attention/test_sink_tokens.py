@@ -31,7 +31,7 @@ from helpers.masks import without as with_holes
 from helpers.models import snapshot, stock_config, stock_model, tokens
 from helpers.reference import LOGITS
 from helpers.tiny_models import stock_tiny
-from helpers.windows import small_blocks
+from helpers.windows import small_blocks, windowed_attention
 from hf_alibi import AlibiCache
 from hf_alibi.attention import backends as attention
 from hf_alibi.attention import cache as cache_module
@@ -41,7 +41,6 @@ from hf_alibi.attention.sdpa import dispatch as sdpa
 from hf_alibi.attention.sdpa import factored
 from hf_alibi.attention.sdpa.reads import record_reads
 from hf_alibi.attention.sdpa.segments import Segment
-from hf_alibi.attention.sdpa.windowed import windowed_attention
 from hf_alibi.bias import alibi_bias, distances
 from hf_alibi.configuration import AlibiGPT2Config, AlibiLlamaConfig, text_config
 from hf_alibi.errors import VerificationError

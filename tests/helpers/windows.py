@@ -5,14 +5,23 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from hf_alibi.attention.call import AttentionCall
+from hf_alibi.attention.layer_slopes import HeadSlopes
 from hf_alibi.attention.sdpa import far_keys, parts, windowed
 from hf_alibi.attention.sdpa.reads import report_reads
 from hf_alibi.attention.sdpa.segments import Segment
-from hf_alibi.attention.sdpa.windowed import windowed_attention
+from hf_alibi.attention.tolerance import exact_tolerance
 
 
 def whole(query, key):
     return [Segment(slice(None), slice(0, query.shape[2]), slice(0, key.shape[2]))]
+
+
+def windowed_attention(query, key, value, slopes, scaling, *, segments, tolerance=None, sink_tokens=0):
+    slopes = HeadSlopes(torch.as_tensor(slopes), sink_tokens=sink_tokens)
+    tolerance = exact_tolerance(query.dtype) if tolerance is None else tolerance
+    call = AttentionCall(query, key, value, None, slopes, scaling, tolerance)
+    return windowed.windowed_attention(call, segments)
 
 
 def attend(query, key, value, slopes, tolerance=None):

@@ -110,16 +110,7 @@ def _windowed(call: AttentionCall) -> Tensor | None:
         if found is None:
             return None
         segments, others = found
-    output = windowed_attention(
-        call.query,
-        call.key,
-        call.value,
-        call.slopes.per_head,
-        call.scaling,
-        segments=segments,
-        tolerance=call.tolerance,
-        sink_tokens=call.slopes.sink_tokens,
-    )
+    output = windowed_attention(call, segments)
     # What the backward pass needs of it must stay as it is.
     output = output.clone() if others else output
     for other in others:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..tolerance import exact_tolerance
+from ..call import AttentionCall
 from .cpu_kernel import attend, attend_backward
 from .far_keys import Span, far_spans, kept_blocks
 from .parts import (
@@ -39,60 +39,36 @@ from .segments import Segment
 __all__ = ["windowed_attention"]
 
 
-def windowed_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slopes: Tensor,
-    scaling: float,
-    *,
-    segments: Sequence[Segment],
-    tolerance: float | None = None,
-    sink_tokens: int = 0,
-) -> Tensor:
+def windowed_attention(call: AttentionCall, segments: Sequence[Segment]) -> Tensor:
     """Causal attention with the ALiBi bias inside each segment; queries of no segment get zeros.
 
     Args:
-        query: (batch, heads, queries, head_dim), on the CPU.
-        key, value: (batch, key-value heads, keys, head_dim).
-        slopes: (heads,), logits per token of distance.
-        scaling: of the logits.
-        segments: see `Segment`; no query is in two of them.
-        tolerance: share of a row's weights that may be left out; None for `exact_tolerance`.
-        sink_tokens: how many of the first keys of each segment have no bias.
+        call: on the CPU, with slopes that depend on the head alone; its mask is not read.
+        segments: see `Segment`; no query is in two of them, and the first keys of each are its sinks.
 
     Returns (batch, heads, queries, head_dim). What leaving keys out adds to the error is at most twice the tolerance
     times the largest value. There is no second derivative.
     """
-    tolerance = exact_tolerance(query.dtype) if tolerance is None else tolerance
-    output: Tensor = _Windowed.apply(query, key, value, slopes.tolist(), scaling, tolerance, segments, sink_tokens)
+    slopes, parts = call.slopes, [part for segment in segments for part in segment.split(call.slopes.sink_tokens)]
+    everything = segments == [Segment.causal(call.query.shape[2], call.key.shape[2])]
+    settings = slopes.per_head.tolist(), call.scaling, call.tolerance, parts, everything
+    output: Tensor = _Windowed.apply(call.query, call.key, call.value, settings)
     return output
 
 
 class _Windowed(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        slopes: list[float],
-        scaling: float,
-        tolerance: float,
-        segments: Sequence[Segment],
-        sink_tokens: int,
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, settings: tuple[Any, ...]) -> Tensor:
+        slopes, scaling, tolerance, segments, everything = settings
         query, key, value = (_with_rows(x) for x in (query, key, value))
         batch, heads, queries, width = query.shape
         # The layout that models ask for next: (batch, queries, heads, head_dim).
-        everything = segments == [Segment.causal(queries, key.shape[2])]
         make = query.new_empty if everything else query.new_zeros
         output = make(batch, queries, heads, width).transpose(1, 2)
         # Half types are summed in float32.
         lse = make(batch, heads, queries, dtype=torch.promote_types(query.dtype, torch.float32))
-        segments = [part for segment in segments for part in segment.split(sink_tokens)]
-        tensors = query, output, lse, key, value
-        far = [_forward(_Share.of(segment, tensors, slopes, scaling), tolerance) for segment in segments]
+        of_queries, of_keys = (query, output, lse), (key, value)
+        far = [_forward(_Share.of(segment, of_queries, of_keys, slopes, scaling), tolerance) for segment in segments]
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.settings = slopes, scaling, segments, far
         return output
@@ -101,20 +77,12 @@ class _Windowed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, lse = ctx.saved_tensors
         slopes, scaling, segments, spans = ctx.settings
-        grad = _with_rows(grad)
         gradients = [torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value)]
+        of_queries = query, output, lse, _with_rows(grad), gradients[0]
+        of_keys = key, value, *gradients[1:]
         for segment, far in zip(segments, spans, strict=True):
-            share = _Share.of(segment, (query, output, lse, key, value), slopes, scaling)
-            of_sinks = [x[segment.batch, :, segment.sinks] for x in gradients[1:] if segment.sinks is not None]
-            _backward(
-                share,
-                far,
-                grad[segment.batch, :, segment.queries],
-                gradients[0][segment.batch, :, segment.queries],
-                [x[segment.batch, :, segment.keys] for x in gradients[1:]],
-                of_sinks,
-            )
-        return *(total.to(query.dtype) for total in gradients), None, None, None, None, None
+            _backward(_Share.of(segment, of_queries, of_keys, slopes, scaling), far)
+        return *(total.to(query.dtype) for total in gradients), None
 
 
 def _with_rows(x: Tensor) -> Tensor:
@@ -124,168 +92,157 @@ def _with_rows(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Share:
-    """What one segment has of a call, as views; `sinks` are the keys and values of sinks, if it has any."""
+    """What one segment has of a call, as views that are filled in place."""
 
-    query: Tensor
-    output: Tensor
-    lse: Tensor
-    key: Tensor
-    value: Tensor
-    sinks: list[Tensor]
+    of_queries: list[Tensor]
+    """Query, output, log-sum-exp; in the backward pass also the gradients of the output and of the query."""
+    of_keys: list[Tensor]
+    """Key, value; in the backward pass also their gradients."""
+    of_sinks: list[Tensor]
+    """As `of_keys`; empty without sinks."""
     slopes: list[float]
     scaling: float
 
     @classmethod
-    def of(cls, segment: Segment, tensors: Sequence[Tensor], slopes: list[float], scaling: float) -> _Share:
-        """`tensors`: query, output, log-sum-exp, key and value of the whole call."""
-        query, output, lse = (x[segment.batch, :, segment.queries] for x in tensors[:3])
-        key, value = (x[segment.batch, :, segment.keys] for x in tensors[3:])
-        sinks = [x[segment.batch, :, segment.sinks] for x in tensors[3:] if segment.sinks is not None]
-        slopes = slopes if segment.has_bias else [0.0] * len(slopes)
-        return cls(query, output, lse, key, value, sinks, slopes, scaling)
+    def of(
+        cls,
+        segment: Segment,
+        of_queries: Sequence[Tensor],
+        of_keys: Sequence[Tensor],
+        slopes: list[float],
+        scaling: float,
+    ) -> _Share:
+        """From the tensors of the whole call."""
+        return cls(
+            [x[segment.batch, :, segment.queries] for x in of_queries],
+            [x[segment.batch, :, segment.keys] for x in of_keys],
+            [] if segment.sinks is None else [x[segment.batch, :, segment.sinks] for x in of_keys],
+            slopes if segment.has_bias else [0.0] * len(slopes),
+            scaling,
+        )
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         """Queries, keys, and query heads to a key head."""
-        return self.query.shape[2], self.key.shape[2], self.query.shape[1] // self.key.shape[1]
+        query, key = self.of_queries[0], self.of_keys[0]
+        return query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of sums."""
+        return self.of_queries[2].dtype
 
 
 def _forward(share: _Share, tolerance: float) -> dict[int, list[Span]]:
     """Fill output and log-sum-exp; returns what each head that is not flat reads beyond its near keys."""
-    queries, keys, groups = share.sizes
-    slopes, dtype = share.slopes, share.lse.dtype
+    (queries, keys, groups), slopes = share.sizes, share.slopes
     runs, others = flat_runs(slopes, queries, keys, groups)
     for run in runs:
         _forward_run(share, run)
     far: dict[int, list[Span]] = {}
     if others:
-        query_norms = torch.linalg.vector_norm(share.query, dim=-1, dtype=dtype).float()
-        key_norms = torch.linalg.vector_norm(share.key, dim=-1, dtype=dtype).float().amax(dim=0)
+        norms = (torch.linalg.vector_norm(x[0], dim=-1, dtype=share.dtype) for x in (share.of_queries, share.of_keys))
+        query_norms, key_norms = (x.float() for x in norms)
+        largest = key_norms.amax(dim=0)
     for head in others:
-        norms = query_norms[:, head], key_norms[head // groups]
-        far[head] = _forward_head(share, head, norms, tolerance)
+        far[head] = _forward_head(share, head, (query_norms[:, head], largest[head // groups]), tolerance)
     if recording():
         spans = {head: [*near_spans(block_size(slopes[head]), queries, keys), *far[head]] for head in others}
-        read = share.sinks[0].shape[2] if share.sinks else 0
-        report_reads(batch=len(share.query), heads=len(slopes), queries=queries, keys=keys, spans=spans, sinks=read)
+        batch, read = len(share.of_queries[0]), share.of_sinks[0].shape[2] if share.of_sinks else 0
+        report_reads(batch=batch, heads=len(slopes), queries=queries, keys=keys, spans=spans, sinks=read)
     return far
 
 
 def _forward_run(share: _Share, run: slice) -> None:
     """Flat heads, in a single call."""
-    queries, _, groups = share.sizes
-    bias = flat_bias(share.slopes[run], queries, share.lse.dtype)
-    query, scaling = share.query[:, run], share.scaling
-    k, v = for_run(share.key, run, groups), for_run(share.value, run, groups)
-    total, part_lse = attend(query, k, v, causal=True, bias=bias, scaling=scaling)
-    row_lse = part_lse - bias[:, :, 0]
-    if share.sinks:
-        total = total.to(share.lse.dtype)
-        k, v = (for_run(x, run, groups) for x in share.sinks)
-        _merge(total, row_lse, *attend(query, k, v, causal=False, bias=None, scaling=scaling))
-    share.output[:, run], share.lse[:, run] = total, row_lse
+    (queries, _, groups), scaling = share.sizes, share.scaling
+    query, output, lse = (x[:, run] for x in share.of_queries)
+    bias = flat_bias(share.slopes[run], queries, share.dtype)
+    key, value = (for_run(x, run, groups) for x in share.of_keys)
+    total, row_lse = attend(query, key, value, causal=True, bias=bias, scaling=scaling)
+    row_lse = row_lse - bias[:, :, 0]
+    if share.of_sinks:
+        total = total.to(share.dtype)
+        key, value = (for_run(x, run, groups) for x in share.of_sinks)
+        _merge(total, row_lse, *attend(query, key, value, causal=False, bias=None, scaling=scaling))
+    output.copy_(total)
+    lse.copy_(row_lse)
 
 
 def _forward_head(share: _Share, head: int, norms: tuple[Tensor, Tensor], tolerance: float) -> list[Span]:
     """Near keys, sinks, and what the data says must be read beyond; returns the latter."""
     queries, keys, groups = share.sizes
-    slope, dtype, own = share.slopes[head], share.lse.dtype, head // groups
-    block, scaling = block_size(slope), share.scaling
-    q, k, v, row_lse = share.query[:, head], share.key[:, own], share.value[:, own], share.lse[:, head]
-    same = share.output.dtype == dtype
-    total = share.output[:, head] if same else torch.empty_like(share.output[:, head], dtype=dtype)
+    slope, dtype, own, scaling = share.slopes[head], share.dtype, head // groups, share.scaling
+    block = block_size(slope)
+    query, output, lse = (x[:, head] for x in share.of_queries)
+    key, value = (x[:, own] for x in share.of_keys)
+    total = output if output.dtype == dtype else torch.empty_like(output, dtype=dtype)
     for part in near_parts(slope, block, queries, keys, dtype):
-        total[:, part.span.queries], row_lse[:, part.span.queries] = _call(part, q, k, v, scaling)
-    if share.sinks:
-        sink_key, sink_value = (x[:, own] for x in share.sinks)
-        _merge(total, row_lse, *_call(sink_part(sink_key, queries, dtype), q, sink_key, sink_value, scaling))
+        total[:, part.span.queries], lse[:, part.span.queries] = _call(part, query, key, value, scaling)
+    if share.of_sinks:
+        sink_key, sink_value = (x[:, own] for x in share.of_sinks)
+        _merge(total, lse, *_call(sink_part(sink_key, queries, dtype), query, sink_key, sink_value, scaling))
     bound = {"slope": slope, "scaling": scaling, "tolerance": tolerance}
-    far = far_spans(kept_blocks(q, k, norms, row_lse, block=block, **bound), queries, keys, block)
+    far = far_spans(kept_blocks(query, key, norms, lse, block=block, **bound), queries, keys, block)
     for part in far_parts(far, slope, queries, keys, dtype):
-        _merge(total[:, part.span.queries], row_lse[:, part.span.queries], *_call(part, q, k, v, scaling))
-    if not same:
-        share.output[:, head] = total
+        _merge(total[:, part.span.queries], lse[:, part.span.queries], *_call(part, query, key, value, scaling))
+    if total is not output:
+        output.copy_(total)
     return far
 
 
-def _backward(
-    share: _Share,
-    far: dict[int, list[Span]],
-    grad: Tensor,
-    d_query: Tensor,
-    of_keys: list[Tensor],
-    of_sinks: list[Tensor],
-) -> None:
+def _backward(share: _Share, far: dict[int, list[Span]]) -> None:
     """Add one segment's gradients; any part of a softmax has its own from the final output and log-sum-exp alone.
 
     Args:
         share: with output and log-sum-exp filled.
         far: what `_forward` returned.
-        grad: of the output.
-        d_query: gradient of the queries, to be filled.
-        of_keys: gradients of keys and values, which are added to; `of_sinks` those of sinks, if any.
     """
-    queries, keys, groups = share.sizes
-    slopes, scaling, dtype = share.slopes, share.scaling, share.lse.dtype
-    everything, sinks = [share.key, share.value, *of_keys], [*share.sinks, *of_sinks]
-    of_queries = (grad, share.query, share.output, share.lse)
+    (queries, keys, groups), slopes, dtype = share.sizes, share.slopes, share.dtype
     for run in flat_runs(slopes, queries, keys, groups)[0]:
-        bias = flat_bias(slopes[run], queries, dtype)
-        rows = [x[:, run] for x in of_queries]
-        d_query[:, run] = _backward_of_run(rows, everything, run, groups, scaling, bias)
-        if sinks:
-            d_query[:, run] += _backward_of_run(rows, sinks, run, groups, scaling, None)
+        _backward_of_run(share, share.of_keys, run, flat_bias(slopes[run], queries, dtype))
+        if share.of_sinks:
+            _backward_of_run(share, share.of_sinks, run, None)
     for head, spans in far.items():
-        slope, own = slopes[head], head // groups
-        near = near_parts(slope, block_size(slope), queries, keys, dtype)
-        parts = [(part, everything) for part in (*near, *far_parts(spans, slope, queries, keys, dtype))]
-        if sinks:
-            parts.append((sink_part(sinks[0][:, own], queries, dtype), sinks))
-        for part, tensors in parts:
-            part = split_rows(part)
-            d_query[:, head, part.span.queries] += _backward_of_part(
-                part, [x[:, head] for x in of_queries], [x[:, own] for x in tensors], scaling
-            )
+        near = near_parts(slopes[head], block_size(slopes[head]), queries, keys, dtype)
+        for part in (*near, *far_parts(spans, slopes[head], queries, keys, dtype)):
+            _backward_of_part(share, share.of_keys, head, part)
+        if share.of_sinks:
+            sinks = share.of_sinks[0][:, head // groups]
+            _backward_of_part(share, share.of_sinks, head, sink_part(sinks, queries, dtype))
 
 
-def _backward_of_run(
-    of_queries: Sequence[Tensor],
-    of_keys: Sequence[Tensor],
-    run: slice,
-    groups: int,
-    scaling: float,
-    bias: Tensor | None,
-) -> Tensor:
-    """Gradient of a run's queries; those of keys and values are added to what is there.
+def _backward_of_run(share: _Share, of_keys: Sequence[Tensor], run: slice, bias: Tensor | None) -> None:
+    """Add the gradients that a run of flat heads has from some keys.
 
     Args:
-        of_queries: gradient, queries, output and log-sum-exp of the run.
-        of_keys: keys, values and their gradients of all heads.
+        share: of the call.
+        of_keys: of the segment or of its sinks.
         run: of flat heads.
-        groups: query heads to a key head.
-        scaling: of the logits.
-        bias: of causal attention, see `_flat_bias`; None for keys that all queries see without.
+        bias: of causal attention, see `flat_bias`; None for keys that all queries see without.
     """
-    grad, query, output, lse = of_queries
+    query, output, lse, grad, d_query = (x[:, run] for x in share.of_queries)
+    groups = share.sizes[2]
     key, value = (for_run(x, run, groups) for x in of_keys[:2])
-    row_lse = lse if bias is None else lse + bias[:, :, 0]
-    of_call = grad, query, output, row_lse
-    dq, *rest = attend_backward(of_call, key, value, causal=bias is not None, bias=bias, scaling=scaling)
+    of_call = grad, query, output, lse if bias is None else lse + bias[:, :, 0]
+    dq, *rest = attend_backward(of_call, key, value, causal=bias is not None, bias=bias, scaling=share.scaling)
+    d_query += dq
     for total, part in zip(of_keys[2:], rest, strict=True):
         into = for_run(total, run, groups, expand=False)
         into += part if groups == 1 else part.sum(dim=1, keepdim=True)
-    return dq
 
 
-def _backward_of_part(part: Part, of_queries: Sequence[Tensor], of_keys: Sequence[Tensor], scaling: float) -> Tensor:
-    """As `_backward_of_run`, for one part of a head; `of_queries` and `of_keys` are of that head."""
-    grad, query, output, lse = (blocks(x, part.span) for x in of_queries)
-    key, value = (keys_read(x, part.span) for x in of_keys[:2])
+def _backward_of_part(share: _Share, of_keys: Sequence[Tensor], head: int, part: Part) -> None:
+    """As `_backward_of_run`, for one part of a head."""
+    part = split_rows(part)
+    query, output, lse, grad, d_query = (blocks(x[:, head], part.span) for x in share.of_queries)
+    own = [x[:, head // share.sizes[2]] for x in of_keys]
+    key, value = (keys_read(x, part.span) for x in own[:2])
     of_call = grad, query, output, lse + part.shift
-    dq, *rest = attend_backward(of_call, key, value, causal=part.causal, bias=part.bias, scaling=scaling)
-    for total, gradient in zip(of_keys[2:], rest, strict=True):
+    dq, *rest = attend_backward(of_call, key, value, causal=part.causal, bias=part.bias, scaling=share.scaling)
+    d_query += dq
+    for total, gradient in zip(own[2:], rest, strict=True):
         add_to_keys(total, gradient, part.span)
-    return dq.flatten(1, 2)
 
 
 def _call(part: Part, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.attention import layer, qkv, run
-from helpers.windows import attend, causal_distance, pairs_of, small_blocks
+from helpers.windows import attend, causal_distance, pairs_of, small_blocks, windowed_attention
 from hf_alibi.attention.sdpa.reads import Reads, record_reads
 from hf_alibi.attention.sdpa.segments import Segment
-from hf_alibi.attention.sdpa.windowed import windowed_attention
 
 
 @settings(max_examples=60, deadline=None)
