@@ -28,10 +28,17 @@ def test_the_readme_counts_the_families_rightly():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
-def test_links_and_files_exist(page):
+def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
     for link in links:
         assert (page.parent / link.split("#")[0]).exists(), link
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / ".ci" / "run", *ROOT.glob(".github/workflows/*")], ids=lambda p: p.name
+)
+def test_named_files_exist(page):
+    text = page.read_text(encoding="utf-8")
     for named in re.findall(r"(?:configs|scripts|hf_alibi|tests|docs)/[\w/.-]+\.(?:yaml|py|sh|md)", text):
         assert (ROOT / named).exists(), named
