@@ -58,9 +58,9 @@ class _GPTNeo(_AttnMethod):
         self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         if self.attention_type == "local":
-            allowed, _ = visible_keys(attention_mask, query, key)
-            # The last key that a query sees is its own, whatever cache the keys come from.
-            own = visible_range(allowed)[1][..., None]
+            allowed, _, own = visible_keys(attention_mask, query, key)
+            # With one query, the last key that it sees is its own, whatever cache the keys come from.
+            own = (visible_range(allowed)[1] if own is None else own)[..., None]
             attention_mask = allowed & (torch.arange(key.shape[2], device=key.device) > own - self.config.window_size)
         output: tuple[Tensor, Tensor | None] = super()._attn(query, key, value, attention_mask)
         return output

@@ -161,7 +161,7 @@ def _compare(name: str, layer: nn.Module, call: _Call, mask: Tensor) -> float:
     hidden = ~(torch.ones_like(distance, dtype=torch.bool).tril() & mask.bool()[:, None, None, :])
     if isinstance(call.mask, Tensor) and call.mask.ndim == 4:
         # The family's own part of the mask, such as a window.
-        allowed, added = visible_keys(call.mask, query, key)
+        allowed, added, _ = visible_keys(call.mask, query, key)
         hidden = hidden | ~allowed
         logits = logits if added is None else logits + added.double().masked_fill(hidden, 0.0)
     largest_logit = logits.abs().masked_fill(hidden, 0.0).max().item()

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ...bias import alibi_bias
 from ..blocks import dense_rows, in_blocks
 from ..call import AttentionCall
 from ..inputs import visible_keys
@@ -18,13 +17,12 @@ __all__ = ["dense_attention"]
 
 def dense_attention(call: AttentionCall) -> Tensor:
     """Attention under any mask; returns (batch, heads, queries, head_dim), zeros for a query that sees nothing."""
-    allowed, added = visible_keys(call.mask, call.query, call.key)
+    visible = visible_keys(call.mask, call.query, call.key)
 
     def attend(query: Tensor, first: int) -> Tensor:
-        rows = slice(first, first + query.shape[2])
-        seen = allowed[:, :, rows]
-        bias = alibi_bias(call.slopes.for_queries(lambda: seen.sum(dim=-1)), seen, call.slopes.sink_tokens)
-        return _with_bias(call, query, bias if added is None else bias + added[:, :, rows])
+        seen = visible.part(slice(None), slice(first, first + query.shape[2]))
+        bias = call.slopes.bias(seen)
+        return _with_bias(call, query, bias if seen.added is None else bias + seen.added)
 
     # A graph with a fixed number of queries a block would be a new graph for every length.
     rows = call.query.shape[2] if torch.compiler.is_compiling() else dense_rows(call.query, call.key)
