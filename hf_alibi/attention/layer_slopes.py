@@ -67,7 +67,7 @@ def head_slopes(module: nn.Module, query: HasShape, value: HasShape, device: tor
     """
     config: Any = module.config
     slopes = config.alibi_slopes
-    heads = query.shape[1]
+    heads = int(query.shape[1])  # torch.jit.trace has tensors for sizes
     total, first = own_heads(module, heads, value.shape[-1])
     if slopes is not None and total != len(slopes):
         if any(slopes):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..blocks import dense_rows, in_blocks
+from ..blocks import dense_rows, in_blocks, is_exported
 from ..call import AttentionCall
 from ..inputs import visible_keys
 
@@ -25,7 +25,8 @@ def dense_attention(call: AttentionCall) -> Tensor:
         return _with_bias(call, query, bias if seen.added is None else bias + seen.added)
 
     # A graph with a fixed number of queries a block would be a new graph for every length.
-    rows = call.query.shape[2] if torch.compiler.is_compiling() else dense_rows(call.query, call.key)
+    is_graph = torch.compiler.is_compiling() or is_exported()
+    rows = call.query.shape[2] if is_graph else dense_rows(call.query, call.key)
     return in_blocks(attend, call.query, rows, keep_rng=call.dropout > 0)
 
 
@@ -36,9 +37,12 @@ def _with_bias(call: AttentionCall, query: Tensor, bias: Tensor) -> Tensor:
     if query.device.type != "cpu" or query.dtype == torch.float64:
         # The CPU kernels take a float32 mask beside half-type queries, which keeps the bias exact.
         bias = bias.to(query.dtype)
-    if torch.compiler.is_exporting():
+    if is_exported():
+        # Elsewhere a row of nothing but -inf, of a query that sees nothing, may give NaN, and from there on everything.
+        bias = bias.clamp(min=torch.finfo(bias.dtype).min / 2)
         # Joined with rows, as below, heads would restrict the lengths that the exported program takes.
-        return scaled_dot_product_attention(query, key, value, bias, **options, enable_gqa=call.groups != 1)
+        key, value = (x.repeat_interleave(call.groups, dim=1) if call.groups > 1 else x for x in (key, value))
+        return scaled_dot_product_attention(query, key, value, bias, **options)
     # The queries of a group become rows of their common key head, so that keys and values are not repeated.
     grouped = (key.shape[1], -1)
     rows, bias = (x.unflatten(1, grouped).flatten(2, 3) for x in (query, bias))

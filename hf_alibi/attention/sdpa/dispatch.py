@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..blocks import is_exported, under_torch_func
 from ..cache import CachedStates
 from ..call import AttentionCall, autocast, resolve
 from ..eager import eager_alibi_attention
@@ -89,14 +90,15 @@ def _by_path(call: AttentionCall) -> Tensor:
 
 
 def _can_skip(call: AttentionCall) -> bool:
-    """Whether keys may be left out by their values: on the CPU, run and not traced, without dropout."""
+    """Whether keys may be left out by their values: on the CPU, run and not traced or transformed, without dropout."""
     return (
         call.query.device.type == "cpu"
         and call.value.shape[-1] == call.query.shape[-1]
         and not call.dropout
         and cpu_kernel.is_available()
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        and not is_exported()
+        and not under_torch_func()
     )
 
 
