@@ -7,13 +7,21 @@ from copy import copy
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 
 from .. import configuration
 from ..attention.backends import check_backend
 from ..attention.cache import AlibiCache
 from ..attention.paged import WITHOUT_PAGED_CACHE
-from ..configuration import Converted, text_config
+from ..configuration import (
+    PLAIN_CHECKPOINT,
+    Converted,
+    is_unsaved_name,
+    name_until_saved,
+    original_limit,
+    text_config,
+)
 from .anatomy import self_attentions
 from .code_export import saving_code
 from .families import stock_type
@@ -35,6 +43,7 @@ class AlibiModel:
     config: Converted
     # Engines that ask this put their own attention in place of the model's, and the bias would be lost.
     _supports_attention_backend = False
+    _named_by_saving = False
 
     def __init__(self, config: Converted, *args: Any, **kwargs: Any) -> None:
         if not isinstance(config, Converted):
@@ -45,12 +54,15 @@ class AlibiModel:
         # Again: fields may have been changed since the config was made, such as by from_pretrained's arguments.
         config.validate_alibi()
         check_family(config)
+        if config.__dict__.pop(PLAIN_CHECKPOINT, False):
+            config.name_or_path = name_until_saved(config)
         # Parts are first built as transformers' own, and its GPT-2 refuses flex_attention.
         flex = config._attn_implementation == "flex_attention"
         try:
             if flex:
                 config._attn_implementation = "sdpa"
-            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+            with original_limit(config):
+                super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         finally:
             if flex:
                 config._attn_implementation = "flex_attention"
@@ -108,6 +120,11 @@ class AlibiModel:
         config.auto_switch_to_flash = False
         return super().init_continuous_batching(generation_config, config, **kwargs)  # type: ignore[misc]
 
+    def _init_weights(self: Any, module: nn.Module) -> None:
+        # Some families fill tables of that size.
+        with original_limit(self.config):
+            super()._init_weights(module)  # type: ignore[misc]
+
     @classmethod
     def is_custom_code(cls) -> bool:
         """No: what transformers does for its own classes, such as initializing parts without parameters, is right."""
@@ -139,6 +156,10 @@ class AlibiModel:
         """
         with saving_code(self, save_directory, export_remote_code, is_main_process):
             super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
+        # A conversion has the name of the folder that it was saved to last; a loaded model keeps its own.
+        if self._named_by_saving or is_unsaved_name(self.name_or_path):
+            self._named_by_saving = True
+            self.name_or_path = self.config.name_or_path = str(save_directory)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """The implementation to use, as transformers decides.

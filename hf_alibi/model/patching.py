@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention.backends import check_backend
-from ..configuration import alibi_config, check_sink_tokens, check_slopes, num_heads, text_config
+from ..configuration import alibi_config, check_sink_tokens, check_slopes, name_until_saved, num_heads, text_config
 from .anatomy import is_alibi
 from .families import is_listed
 from .installation import check_attention, check_family, install_alibi, undone_on_error
@@ -52,6 +52,8 @@ def apply_alibi(model: Model, *, slopes: Sequence[float] | None = None, sink_tok
     config = checked_config(model, slopes=slopes, sink_tokens=sink_tokens)
     with undone_on_error(model):
         _replace_configs(model, {id(stock): config, id(text_config(stock)): text_config(config)})
+        for named in (model, config):
+            named.name_or_path = name_until_saved(stock)
         install_alibi(model, model_class)
         if not is_listed(stock.model_type):
             _prove(model, stock.model_type)
