@@ -39,6 +39,7 @@ _TEXT_CONFIGS = ("text_config", "decoder")
 PLAIN_CHECKPOINT = "_is_plain_checkpoint"
 """Attribute of a config that was read from a plain model's folder, until a model is made of it."""
 _UNSAVED = "this ALiBi conversion"
+_COMPARED_TYPES = {"musicgen", "vision-encoder-decoder", "whisper"}
 _LIMIT = "max_position_embeddings"
 
 
@@ -119,6 +120,23 @@ def _sink_tokens_field(value: int) -> None:
     check_sink_tokens(value)
 
 
+class _ComparedType(str):
+    """A model type `alibi_<type>` that is also equal to `<type>`.
+
+    For the few types that transformers' generation and pipelines compare with a word of their own, for what has nothing
+    to do with positions: Whisper's prompts and timestamps, MusicGen's processor, Donut's first token.
+    """
+
+    __slots__ = ()
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) or str.__eq__(self.removeprefix("alibi_"), other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
 def name_until_saved(config: PreTrainedConfig) -> str:
     """What stands for the name of a conversion that is in memory only, so that nothing loads the plain model by it."""
     return (
@@ -149,7 +167,7 @@ class Converted(PreTrainedConfig):
             raise ValueError(
                 f"a checkpoint of model_type {found!r} cannot be loaded as {own!r}; load it with AutoModel{then}"
             )
-        if found != own:
+        if not found.startswith("alibi_"):
             config[PLAIN_CHECKPOINT] = True
         return {**config, "model_type": own}, rest
 
@@ -302,7 +320,7 @@ def __getattr__(name: str) -> Any:
     members: dict[str, Any] = {
         "__module__": __name__,
         "__doc__": f"`{stock.__name__}` of a model with ALiBi; see `{added.__name__}` for what that adds.",
-        "model_type": f"alibi_{stock.model_type}",
+        "model_type": (_ComparedType if stock.model_type in _COMPARED_TYPES else str)(f"alibi_{stock.model_type}"),
     }
     if added is AlibiConfig:
 

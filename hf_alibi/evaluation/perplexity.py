@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InputError
 from ..model.anatomy import position_limit
-from ..utils import evaluation_mode, progress_bar
+from ..utils import evaluation_mode, input_device, progress_bar
 from . import memory
 from .memory import check_memory
 from .protocol import CANNOT_RUN, CROPPED, FULL, NON_OVERLAPPING, OK, PROTOCOLS, Protocol, Window
@@ -239,7 +239,7 @@ def _plan_losses(
             length=longest,
             batch=max(1, batch_tokens // longest),
             dtype=model.dtype,
-            device=model.device,
+            device=input_device(model),
             sliced_logits=sliced,
         )
         total = sum(window.length for windows in plan.values() for window in windows)
@@ -266,7 +266,7 @@ def _logits_follow_from_hidden_states(model: PreTrainedModel, tokens: Tensor) ->
     Not so if logits are capped, scaled or computed by a wrapper. Cap and scale are nearly the identity
     on small logits, so nothing but rounding is tolerated.
     """
-    ids = tokens[None, : min(16, len(tokens))].to(model.device)
+    ids = tokens[None, : min(16, len(tokens))].to(input_device(model))
     hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
     if hidden is None:
         return False
@@ -297,10 +297,10 @@ def window_losses(
     """
     losses = []
     for group in _batches(windows, batch):
-        ids = torch.stack([tokens[w.start : w.start + w.length] for w in group]).to(model.device)
+        ids = torch.stack([tokens[w.start : w.start + w.length] for w in group]).to(input_device(model))
         if bos_token_id is not None:
             ids[:, 0] = bos_token_id
-        targets = torch.stack([tokens[w.first_target : w.start + w.length + 1] for w in group]).to(model.device)
+        targets = torch.stack([tokens[w.first_target : w.start + w.length + 1] for w in group]).to(input_device(model))
         if sliced_logits:
             features = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             head = model.get_output_embeddings()

@@ -18,7 +18,7 @@ from ..attention.inputs import visible_keys
 from ..attention.layer_slopes import head_slopes
 from ..configuration import text_config
 from ..errors import VerificationError
-from ..utils import evaluation_mode
+from ..utils import evaluation_mode, input_device
 from .anatomy import is_alibi, self_attentions, text_decoder
 from .families import scales_by_position
 
@@ -73,7 +73,7 @@ def verify_alibi(model: PreTrainedModel) -> list[LayerReport]:
     if not layers:
         raise VerificationError(f"{type(model).__name__} has no self-attention layer that ALiBi knows")
     length = _length(model)
-    plain = torch.ones(2, length, dtype=torch.long, device=model.device)
+    plain = torch.ones(2, length, dtype=torch.long, device=input_device(model))
     padded = plain.clone()
     padded[1, :_PADDING] = 0
     with evaluation_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -131,7 +131,7 @@ def _inputs(model: PreTrainedModel, shape: tuple[int, ...]) -> dict[str, Tensor]
     else:  # embeddings of several vocabularies, of audio
         width = text_config(model.config).hidden_size
         inputs = {"inputs_embeds": torch.randn(*shape, width, generator=generator).to(model.dtype)}
-    return {name: value.to(model.device) for name, value in inputs.items()}
+    return {name: value.to(input_device(model)) for name, value in inputs.items()}
 
 
 def _hidden_states(model: PreTrainedModel, mask: Tensor, **kwargs: Any) -> Tensor:
@@ -240,7 +240,7 @@ def _check_padding(model: PreTrainedModel) -> None:
     inputs = _inputs(model, (2, length))
     alone = decoder(**inputs, use_cache=False)[0]
     padded = {name: torch.cat([value[:, :_PADDING], value], dim=1) for name, value in inputs.items()}
-    mask = torch.ones(2, _PADDING + length, dtype=torch.long, device=model.device)
+    mask = torch.ones(2, _PADDING + length, dtype=torch.long, device=input_device(model))
     mask[:, :_PADDING] = 0
     changed = (decoder(**padded, attention_mask=mask, use_cache=False)[0][:, _PADDING:] - alone).abs().max().item()
     # Sums over other numbers of keys round otherwise, layer after layer.
