@@ -205,6 +205,8 @@ def _check_model_and_tokens(model: PreTrainedModel, tokens: Tensor, name: str) -
     head = model.get_output_embeddings()
     if head is None or model.config.is_encoder_decoder:
         raise InputError(f"model {name!r} is a {type(model).__name__}; perplexity needs a causal language model")
+    if not isinstance(tokens, Tensor):
+        raise InputError(f"tokens is a {type(tokens).__name__}; give a tensor, torch.tensor(tokens), of one text")
     if tokens.dim() != 1 or tokens.dtype != torch.int64:
         raise InputError(f"tokens of shape {tuple(tokens.shape)}, {tokens.dtype}; give one dimension of torch.int64")
     vocabulary = model.get_input_embeddings().weight.shape[0]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, TypeVar
 
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention.backends import check_backend
@@ -45,8 +47,7 @@ def apply_alibi(model: Model, *, slopes: Sequence[float] | None = None, sink_tok
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"apply_alibi takes a transformers PreTrainedModel, got {type(model).__name__}; "
-            "wrappers such as PEFT's or torch.compile's come after it"
+            f"apply_alibi takes a transformers PreTrainedModel, got {type(model).__name__}; {_remedy(model)}"
         )
     stock: Any = model.config
     config = checked_config(model, slopes=slopes, sink_tokens=sink_tokens)
@@ -59,6 +60,15 @@ def apply_alibi(model: Model, *, slopes: Sequence[float] | None = None, sink_tok
             _prove(model, stock.model_type)
     _say_once(type(model).__name__)
     return model
+
+
+def _remedy(given: Any) -> str:
+    """What to give to `apply_alibi` in place of something that is no model."""
+    if isinstance(given, (str, os.PathLike)):
+        return f"load it first: AutoModelForCausalLM.from_pretrained({str(given)!r})"
+    if isinstance(getattr(given, "model", None), PreTrainedModel) and not isinstance(given, nn.Module):
+        return f"give the model that the {type(given).__name__} holds, its .model"
+    return "wrappers such as PEFT's or torch.compile's come after it"
 
 
 @cache

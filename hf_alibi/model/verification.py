@@ -22,7 +22,7 @@ from ..utils import evaluation_mode, input_device
 from .anatomy import is_alibi, self_attentions, text_decoder
 from .families import scales_by_position
 
-__all__ = ["LayerReport", "verify_alibi"]
+__all__ = ["LayerReport", "LayerReports", "verify_alibi"]
 
 # Tokens after those that carry no bias, and padding before them.
 _LENGTH = 16
@@ -41,6 +41,19 @@ class LayerReport:
     """Largest difference of the attention's output to the float64 reference, over the largest value."""
 
 
+class LayerReports(list[LayerReport]):
+    """Those of all layers, which print as a table."""
+
+    def __str__(self) -> str:
+        width = max(len(report.layer) for report in self)
+        rows = [
+            f"{report.layer:<{width}}  {len(report.slopes):>5}  {min(report.slopes):.6g} to {max(report.slopes):.6g}"
+            f"  {report.error:.1e}"
+            for report in self
+        ]
+        return "\n".join([f"{'layer':<{width}}  heads  slopes, error of the output", *rows])
+
+
 @dataclass(frozen=True)
 class _Call:
     """One call of a layer's attention; the output is (batch, queries, heads, head_dim)."""
@@ -55,14 +68,14 @@ class _Call:
     sinks: Tensor | None
 
 
-def verify_alibi(model: PreTrainedModel) -> list[LayerReport]:
+def verify_alibi(model: PreTrainedModel) -> LayerReports:
     """Prove that every self-attention layer of `model` applies exactly the bias that its config says.
 
     A short random batch goes through, once without and once with left padding. Each layer's own queries, keys and
     values are compared with a dense float64 attention, each head's slope and the bias of sink tokens are measured, and
     changed position ids must change nothing. Weights, modes and the random state stay as they are.
 
-    Returns one report a layer, in order.
+    Returns one report a layer, in order; printed, a table.
 
     Raises ValueError for a model that is not converted, VerificationError, which names the layer, where something
     else than the bias is applied.
@@ -86,10 +99,10 @@ def verify_alibi(model: PreTrainedModel) -> list[LayerReport]:
                     raise VerificationError(f"layer {name} never called an ALiBi attention: it runs without the bias")
                 errors[name] = max(errors[name], _compare(name, layer, calls[layer], mask))
         _check_positions(model, padded)
-        return [
+        return LayerReports(
             LayerReport(name, _measured_slopes(name, layer, calls[layer]), errors[name])
             for name, layer in layers.items()
-        ]
+        )
 
 
 @contextmanager

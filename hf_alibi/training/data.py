@@ -63,6 +63,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise InputError(
             f"cannot load the tokenizer {name!r}: {one_line(error)}; give a folder, a hub name or {BYTES!r}"
         ) from error
+    if not tokenizer.encode("a", add_special_tokens=False):
+        # What some families give for a folder without the files of a tokenizer.
+        raise InputError(
+            f"cannot load the tokenizer {name!r}: it has no vocabulary; give a folder that holds one, a hub name or "
+            f"{BYTES!r}"
+        )
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"the tokenizer {name!r} has no end-of-sequence token to join documents with; set its eos_token"
