@@ -117,9 +117,8 @@ def test_a_name_that_the_locale_cannot_read():
 
 
 def test_a_setting_whose_package_is_missing(tmp_path):
-    code, lines = run(
-        "finetune", "--output_dir", str(tmp_path / "x"), "--deepspeed", "ds.json", "--model_config", MODEL
-    )
+    settings = {"output_dir": str(tmp_path / "x"), "deepspeed": "ds.json", "model_config": '{"model_type": "gpt2"}'}
+    code, lines = run("finetune", *(f"--{name}={value}" for name, value in settings.items()))
     assert code == 1
     assert lines[-1].startswith("hf-alibi: error: a setting needs a package that is missing: ")
     assert "deepspeed" in lines[-1]

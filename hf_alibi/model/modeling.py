@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from copy import copy
 from typing import Any
 
@@ -29,12 +30,16 @@ from .installation import check_attention, check_family, install_alibi
 from .own_attention import is_own_attention
 from .weight_conversions import register_conversions
 
-__all__ = ["AlibiModel", "model_class"]
+__all__ = ["AlibiModel", "alibi_class", "model_class"]
 
 register_conversions()
 
 # What configs call layers that keep more than keys and values, or something else, from token to token.
 _WITH_A_STATE = {"conv", "hybrid", "linear_attention", "mamba"}
+
+
+# The forms of users' own classes; those of transformers' are names of this module.
+_own: dict[Any, type[PreTrainedModel]] = {}
 
 
 class AlibiModel:
@@ -44,6 +49,8 @@ class AlibiModel:
     # Engines that ask this put their own attention in place of the model's, and the bias would be lost.
     _supports_attention_backend = False
     _named_by_saving = False
+    alibi_stock_class: type[PreTrainedModel] | None = None
+    """What a class of one's own was made of; None for those of transformers."""
 
     def __init__(self, config: Converted, *args: Any, **kwargs: Any) -> None:
         if not isinstance(config, Converted):
@@ -152,8 +159,13 @@ class AlibiModel:
         """As any model's.
 
         With `export_remote_code` the checkpoint brings along the code it needs, and loads without this package if
-        `trust_remote_code=True` is given.
+        `trust_remote_code=True` is given. Raises ValueError for a class of one's own, whose code is not among it.
         """
+        if export_remote_code and self.alibi_stock_class is not None:
+            raise ValueError(
+                f"export_remote_code cannot bring the code of {self.alibi_stock_class.__name__} along; leave it out, "
+                f"and load the checkpoint with hf_alibi.alibi_class({self.alibi_stock_class.__name__})"
+            )
         with saving_code(self, save_directory, export_remote_code, is_main_process):
             super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
         # A conversion has the name of the folder that it was saved to last; a loaded model keeps its own.
@@ -173,11 +185,69 @@ class AlibiModel:
 
 
 def model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel] | None:
-    """The ALiBi form of a model class of transformers; None for any other class, and for what is inside models only."""
-    if getattr(transformers, stock.__name__, None) is not stock:
-        return None
-    made: type[PreTrainedModel] = __getattr__(f"Alibi{stock.__name__}")
+    """The ALiBi form of a model class; None for what is inside models of transformers only, and for an ALiBi form.
+
+    Raises ValueError for a class of the user's own that has no ALiBi form; see `alibi_class`.
+    """
+    if getattr(transformers, stock.__name__, None) is stock:
+        made: type[PreTrainedModel] = __getattr__(f"Alibi{stock.__name__}")
+        return made
+    inside = stock.__module__.split(".")[0] == "transformers" or issubclass(stock, AlibiModel)
+    return None if inside else _of_ones_own(stock)
+
+
+def alibi_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The ALiBi form of a model class of transformers, or of one derived from it with a head or a loss of your own.
+
+    `alibi_class(MyModel).from_pretrained(folder)` loads what a converted `MyModel` was saved to.
+
+    Raises TypeError for anything but a class of models, ValueError for a class that has no ALiBi form: one that Python
+    cannot import, such as a class inside a function, and one with a config class of its own.
+    """
+    if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
+        raise TypeError(f"alibi_class takes a class of transformers models, got {stock!r}")
+    made = model_class(stock)
+    if made is None:
+        raise ValueError(f"no ALiBi form of {stock.__module__}.{stock.__name__}: it is not a model of its own")
     return made
+
+
+def _of_ones_own(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    if stock in _own:
+        return _own[stock]
+    found: Any = sys.modules.get(stock.__module__)
+    for part in stock.__qualname__.split("."):
+        found = getattr(found, part, None)
+    if found is not stock:
+        raise ValueError(
+            f"no ALiBi form of {stock.__module__}.{stock.__qualname__}: Python cannot import it, so that nothing could "
+            "load what is saved; put the class at the top of a module"
+        )
+    return _own.setdefault(
+        stock, _made(stock, f"Alibi{stock.__name__}", __reduce_ex__=_reduced, alibi_stock_class=stock)
+    )
+
+
+def _reduced(model: Any, _: Any) -> tuple[Any, ...]:
+    """How a model of one's own class is copied and pickled: by the class that it was made of."""
+    return _empty, (model.alibi_stock_class,), vars(model)
+
+
+def _empty(stock: type[PreTrainedModel]) -> Any:
+    made: Any = alibi_class(stock)
+    return made.__new__(made)
+
+
+def _made(stock: type[PreTrainedModel], name: str, **members: Any) -> type[PreTrainedModel]:
+    members["__module__"] = __name__
+    members["__doc__"] = f"`{stock.__name__}` with ALiBi; `from_pretrained` of a plain checkpoint converts it."
+    if stock.config_class is not None:
+        config = configuration.config_class(stock.config_class)
+        members.update(config_class=config, __annotations__={"config": config})
+    if stock.__name__.startswith("GPT2"):
+        # transformers does not offer what GPT-2's self-attention can do.
+        members.update(_supports_flex_attn=True)
+    return type(name, (AlibiModel, stock), members)
 
 
 def __getattr__(name: str) -> Any:
@@ -188,15 +258,5 @@ def __getattr__(name: str) -> Any:
         # transformers looks for a config where the model is, to say what it has found.
         return getattr(configuration, name)
     stock = configuration.stock_class(__name__, name, PreTrainedModel)
-    members: dict[str, Any] = {
-        "__module__": __name__,
-        "__doc__": f"`{stock.__name__}` with ALiBi; `from_pretrained` of a plain checkpoint converts it.",
-    }
-    if stock.config_class is not None:
-        config = configuration.config_class(stock.config_class)
-        members.update(config_class=config, __annotations__={"config": config})
-    if stock.__name__.startswith("GPT2"):
-        # transformers does not offer what GPT-2's self-attention can do.
-        members.update(_supports_flex_attn=True)
     # Another thread may have made it meanwhile.
-    return globals().setdefault(name, type(name, (AlibiModel, stock), members))
+    return globals().setdefault(name, _made(stock, name))

@@ -56,7 +56,7 @@ def apply_alibi(model: Model, *, slopes: Sequence[float] | None = None, sink_tok
         for named in (model, config):
             named.name_or_path = name_until_saved(stock)
         install_alibi(model, model_class)
-        if not is_listed(stock.model_type):
+        if not is_listed(stock.model_type) or any(getattr(part, "alibi_stock_class", None) for part in model.modules()):
             _prove(model, stock.model_type)
     _say_once(type(model).__name__)
     return model
@@ -89,13 +89,12 @@ def _replace_configs(model: PreTrainedModel, replaced: dict[int, PreTrainedConfi
 
 
 def _prove(model: PreTrainedModel, model_type: str) -> None:
-    """Raise ValueError if a model of a type that was never tested does not verify."""
+    """Raise ValueError if a model of a type, or with code, that was never tested does not verify."""
     try:
         verify_alibi(model)
     except Exception as error:
-        raise ValueError(
-            f"no ALiBi for model_type {model_type!r}: not in hf_alibi.supported_families(), and trying it gave: {error}"
-        ) from error
+        why = "classes of its own" if is_listed(model_type) else "not in hf_alibi.supported_families()"
+        raise ValueError(f"no ALiBi for model_type {model_type!r}: {why}, and trying it gave: {error}") from error
 
 
 def checked_config(model: PreTrainedModel, *, slopes: Sequence[float] | None = None, sink_tokens: int = 0) -> Any:
@@ -107,7 +106,7 @@ def checked_config(model: PreTrainedModel, *, slopes: Sequence[float] | None = N
     check_family(stock)
     if model_class(type(model)) is None:
         raise ValueError(
-            f"no ALiBi form of {type(model).__module__}.{type(model).__name__}: it is not a class of transformers"
+            f"no ALiBi form of {type(model).__module__}.{type(model).__name__}: it is not a model of its own"
         )
     check_attention(model)
     check_backend(text_config(stock)._attn_implementation, sink_tokens)
