@@ -198,36 +198,57 @@ def _compare(name: str, layer: nn.Module, call: _Call, mask: Tensor) -> float:
 def _measured_slopes(name: str, layer: nn.Module, call: _Call) -> tuple[float, ...]:
     """Slopes read off the layer's attention: with equal logits, one token of distance costs exactly the slope.
 
-    Raises if they are not those of the config, or if sink tokens cost anything.
+    Raises if they are not those of the config, also for keys ahead of a query where a mask can show them, or if sink
+    tokens cost anything.
     """
-    heads = call.query.shape[1]
+    config: Any = layer.config
+    sinks, device = int(config.alibi_sink_tokens), call.query.device
+    tokens = sinks + 2
+    # flash-attn has kernels for half types only.
+    dtype = call.query.dtype if "flash" in config._attn_implementation else torch.float64
+    tolerance = max(1e-7, 8 * torch.finfo(dtype).eps)
+    context = torch.full((1, 1, 1), tokens, device=device)
+    expected = _expected_slopes(layer, call, context).expand(1, call.query.shape[1], 1, 1).flatten()
+    seen, of_sinks = _cost(layer, call, dtype, query=tokens - 1, key=tokens - 2, mask=None)
+    measured = {"": seen}
+    try:
+        everything = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=device)
+        measured[" for keys ahead"] = _cost(layer, call, dtype, query=tokens - 2, key=tokens - 1, mask=everything)[0]
+    except ValueError:
+        pass  # refused
+    for where, slopes in measured.items():
+        if not torch.allclose(slopes, expected, rtol=1e-5, atol=tolerance):
+            raise VerificationError(
+                f"layer {name} has slopes {slopes.tolist()}{where}, its config says {expected.tolist()}"
+            )
+    if not of_sinks.abs().max().item() <= tolerance:
+        raise VerificationError(
+            f"layer {name} gives its first {sinks} tokens the bias {of_sinks.tolist()}, alibi_sink_tokens says none"
+        )
+    return tuple(seen.tolist())
+
+
+def _cost(
+    layer: nn.Module, call: _Call, dtype: torch.dtype, *, query: int, key: int, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What one of the two tokens after the sinks costs a query at the other one, and the bias of sinks, (heads,) each.
+
+    All logits are equal, so that only the bias makes weights uneven.
+    """
     config: Any = layer.config
     sinks = int(config.alibi_sink_tokens)
     attention = AttentionInterface().get_interface(config._attn_implementation, None)
-    # flash-attn has kernels for half types only.
-    dtype = call.query.dtype if "flash" in config._attn_implementation else torch.float64
-    query, key, value = (
+    states = [
         states.new_zeros(1, states.shape[1], sinks + 2, states.shape[-1], dtype=dtype)
         for states in (call.query, call.key, call.value)
-    )
-    # What the last query gives to itself stands in no column of its values.
-    value[:, :, sinks, 0] = 1
-    value[:, :, :sinks, 1] = 1
-    output, _ = attention(layer, query, key, value, None, scaling=call.scaling)
-    previous, of_sinks = output[0, -1, :, :2].double().unbind(dim=-1)
-    own = (1 - previous - of_sinks).log()
-    seen = own - previous.log()
-    context = torch.arange(1, sinks + 3, device=call.query.device)[None, None]
-    expected = _expected_slopes(layer, call, context).expand(1, heads, sinks + 2, 1)[0, :, -1, 0]
-    tolerance = max(1e-7, 8 * torch.finfo(dtype).eps)
-    if not torch.allclose(seen, expected, rtol=1e-5, atol=tolerance):
-        raise VerificationError(f"layer {name} has slopes {seen.tolist()}, its config says {expected.tolist()}")
-    bias = of_sinks.log() - math.log(sinks) - own if sinks else torch.zeros_like(own)
-    if not bias.abs().max().item() <= tolerance:
-        raise VerificationError(
-            f"layer {name} gives its first {sinks} tokens the bias {bias.tolist()}, alibi_sink_tokens says none"
-        )
-    return tuple(seen.tolist())
+    ]
+    # What the query gives to itself stands in no column of its values.
+    states[2][:, :, key, 0] = 1
+    states[2][:, :, :sinks, 1] = 1
+    output, _ = attention(layer, *states, mask, scaling=call.scaling)
+    other, of_sinks = output[0, query, :, :2].double().unbind(dim=-1)
+    own = (1 - other - of_sinks).log()
+    return own - other.log(), of_sinks.log() - math.log(sinks) - own if sinks else torch.zeros_like(own)
 
 
 def _check_positions(model: PreTrainedModel, mask: Tensor) -> None:
