@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .errors import InputError, VerificationError
     from .evaluation.perplexity import evaluate_extrapolation
     from .model.families import supported_families
+    from .model.modeling import alibi_class
     from .model.patching import apply_alibi
     from .model.verification import verify_alibi
     from .slopes import alibi_slopes
@@ -32,6 +33,7 @@ __all__ = [
     "InputError",
     "Reads",
     "VerificationError",
+    "alibi_class",
     "alibi_slopes",
     "apply_alibi",
     "build_alibi_tensor",
@@ -49,6 +51,7 @@ _MODULES = {
     "InputError": "errors",
     "Reads": "attention.sdpa.reads",
     "VerificationError": "errors",
+    "alibi_class": "model.modeling",
     "alibi_slopes": "slopes",
     "apply_alibi": "model.patching",
     "build_alibi_tensor": "bias",

@@ -45,23 +45,30 @@ def build_alibi_tensor(attention_mask: Tensor, num_heads: int, dtype: torch.dtyp
     return bias.reshape(-1, 1, mask.shape[-1]).to(dtype)
 
 
-def distances(allowed: Tensor, sink_tokens: int = 0) -> Tensor:
+def distances(allowed: Tensor, sink_tokens: int = 0, own: Tensor | None = None) -> Tensor:
     """How many tokens lie between each query and each key, counted over the keys that the query may see.
 
-    The distance of key j is the number of allowed keys after it, which is right for left and right padding, holes,
-    packed sequences, windows and caches alike, and needs no position ids.
+    The distance of key j is the number of allowed keys after it up to the query's own, which is right for left and
+    right padding, holes, packed sequences, windows and caches alike, and needs no position ids. Keys ahead of the query
+    (prefix-LM masks) are as far as those behind it.
 
     Args:
         allowed: bool (..., queries, keys), True where the query may see the key.
         sink_tokens: how many of the first keys that a query may see are at distance 0 from it.
+        own: int64 (queries,), index of each query's own key; None if that is the last one that it may see.
 
     Returns float32 of the same shape, tokens; exact up to 2^24. Entries that are not allowed mean nothing.
 
     >>> distances(torch.tensor([[False, True, True, False, True, False]])).tolist()
     [[3.0, 2.0, 1.0, 1.0, 0.0, 0.0]]
+    >>> distances(torch.tensor([[True, True, True, True]]), own=torch.tensor([2])).tolist()
+    [[2.0, 1.0, 0.0, 1.0]]
     """
     seen = allowed.cumsum(dim=-1, dtype=torch.float32)
-    distance = seen[..., -1:] - seen
+    if own is None:
+        distance = seen[..., -1:] - seen
+    else:
+        distance = (seen.gather(-1, own[:, None].expand(*seen.shape[:-1], 1)) - seen).abs()
     return distance.masked_fill(seen <= sink_tokens, 0.0) if sink_tokens else distance
 
 
@@ -71,14 +78,15 @@ def causal_rows(first: int, rows: int, keys: int, device: torch.device) -> Tenso
     return torch.arange(keys, device=device)[None, :] <= query[:, None]
 
 
-def alibi_bias(slopes: Tensor, allowed: Tensor, sink_tokens: int = 0) -> Tensor:
+def alibi_bias(slopes: Tensor, allowed: Tensor, sink_tokens: int = 0, own: Tensor | None = None) -> Tensor:
     """The dense bias, -slope × distance, and -inf where a query may not see a key.
 
     Args:
         slopes: float32, broadcasts to (batch, heads, queries, 1), logits per token.
         allowed: bool, broadcasts to (batch, heads, queries, keys).
         sink_tokens: how many of the first keys that a query may see have no bias.
+        own: see `distances`.
 
     Returns float32 (batch, heads, queries, keys), logits.
     """
-    return (-slopes * distances(allowed, sink_tokens)).masked_fill(~allowed, float("-inf"))
+    return (-slopes * distances(allowed, sink_tokens, own)).masked_fill(~allowed, float("-inf"))

@@ -97,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     name, rest = words[0], words[1:]
     try:
+        _check_readable(rest)
         if {"-h", "--help", "--help-all"} & set(rest):
             out.print(_help(name, everything="--help-all" in rest, width=out.width))
         else:
@@ -108,6 +109,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         err.print("hf-alibi: interrupted")
         return _INTERRUPTED
     return 0
+
+
+def _check_readable(words: Sequence[str]) -> None:
+    """Raise InputError for words that Python could not decode under this locale, such as LC_ALL=C without UTF-8."""
+    for word in words:
+        if not word.isascii() and any(0xDC80 <= ord(letter) <= 0xDCFF for letter in word):
+            shown = word.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            raise InputError(f"{shown!a} cannot be read under this locale; set LC_ALL=C.UTF-8, or PYTHONUTF8=1")
 
 
 def _run(command: _Command, argv: Sequence[str]) -> None:

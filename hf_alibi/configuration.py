@@ -2,8 +2,10 @@
 
 import copy
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import transformers
 from huggingface_hub.dataclasses import as_validated_field, strict
@@ -12,20 +14,33 @@ from transformers import PreTrainedConfig
 from .slopes import check_scaling
 
 __all__ = [
+    "PLAIN_CHECKPOINT",
+    "UNLIMITED",
     "AlibiConfig",
     "Converted",
     "alibi_config",
     "check_sink_tokens",
     "check_slopes",
     "config_class",
+    "is_unsaved_name",
+    "name_until_saved",
     "num_heads",
+    "original_limit",
     "stock_class",
     "text_config",
     "text_config_name",
 ]
 
+UNLIMITED = 2**31 - 1
+"""What `max_position_embeddings` of a converted model says, so that tools, which compare it, cut nothing there."""
+
 # Parts of a composite config that hold the language model.
 _TEXT_CONFIGS = ("text_config", "decoder")
+PLAIN_CHECKPOINT = "_is_plain_checkpoint"
+"""Attribute of a config that was read from a plain model's folder, until a model is made of it."""
+_UNSAVED = "this ALiBi conversion"
+_COMPARED_TYPES = {"musicgen", "vision-encoder-decoder", "whisper"}
+_LIMIT = "max_position_embeddings"
 
 
 def text_config_name(config: PreTrainedConfig | type[PreTrainedConfig]) -> str | None:
@@ -105,8 +120,41 @@ def _sink_tokens_field(value: int) -> None:
     check_sink_tokens(value)
 
 
+class _ComparedType(str):
+    """A model type `alibi_<type>` that is also equal to `<type>`.
+
+    For the few types that transformers' generation and pipelines compare with a word of their own, for what has nothing
+    to do with positions: Whisper's prompts and timestamps, MusicGen's processor, Donut's first token.
+    """
+
+    __slots__ = ()
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) or str.__eq__(self.removeprefix("alibi_"), other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
+def name_until_saved(config: PreTrainedConfig) -> str:
+    """What stands for the name of a conversion that is in memory only, so that nothing loads the plain model by it."""
+    return (
+        f"{_UNSAVED} (of {config.name_or_path or 'a model without a name'}) has no name before it is saved; call its "
+        "save_pretrained first, and pass a tokenizer, or a reference model, where one would be looked up by the name"
+    )
+
+
+def is_unsaved_name(name: str) -> bool:
+    """Whether `name` is that of a conversion in memory."""
+    return name.startswith(_UNSAVED)
+
+
 class Converted(PreTrainedConfig):
     """What the config of every converted model shares."""
+
+    # Read by tools, without asking whether it is there.
+    auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -119,7 +167,13 @@ class Converted(PreTrainedConfig):
             raise ValueError(
                 f"a checkpoint of model_type {found!r} cannot be loaded as {own!r}; load it with AutoModel{then}"
             )
+        if not found.startswith("alibi_"):
+            config[PLAIN_CHECKPOINT] = True
         return {**config, "model_type": own}, rest
+
+    def to_dict(self) -> dict[str, Any]:
+        """As any config's."""
+        return {name: value for name, value in super().to_dict().items() if name != PLAIN_CHECKPOINT}
 
 
 class AlibiConfig(Converted):
@@ -134,8 +188,8 @@ class AlibiConfig(Converted):
             less than rounding takes, so that attention is exact. It may be given when a checkpoint is loaded.
         alibi_sink_tokens: how many tokens at the beginning of each sequence carry no bias as keys, whatever their
             distance (attention sinks: Xiao et al. 2023, arXiv 2309.17453); 0 is the paper's ALiBi.
-
-    `max_position_embeddings` stays what it was and limits nothing.
+        alibi_original_max_position_embeddings: what `max_position_embeddings` was before the conversion. That says
+            `UNLIMITED` now, unless it is given when the checkpoint is loaded, or an encoder shares it.
     """
 
     alibi_slopes: list[float] | None = _slopes_field(default=None)
@@ -143,6 +197,7 @@ class AlibiConfig(Converted):
     alibi_scaling: dict[str, Any] | None = _scaling_field(default=None)
     alibi_tolerance: float | None = _tolerance_field(default=None)
     alibi_sink_tokens: int = _sink_tokens_field(default=0)
+    alibi_original_max_position_embeddings: int | None = None
 
     def validate_alibi(self) -> None:
         """Raise ValueError if fields do not fit together (run by `strict` when the config is made)."""
@@ -159,6 +214,27 @@ class AlibiConfig(Converted):
             )
         if not getattr(self, "is_causal", True):
             raise ValueError("ALiBi is for causal attention, but the config says is_causal=False")
+
+
+@contextmanager
+def original_limit(config: PreTrainedConfig) -> Iterator[None]:
+    """Context manager: inside, `max_position_embeddings` says what the positions to be replaced are made for."""
+    config = text_config(config)
+    limit, original = (getattr(config, name, None) for name in (_LIMIT, f"alibi_original_{_LIMIT}"))
+    if original is not None:
+        setattr(config, _LIMIT, original)
+    try:
+        yield
+    finally:
+        if original is not None:
+            setattr(config, _LIMIT, limit)
+
+
+def _lift_limit(config: Any) -> None:
+    limit = getattr(config, _LIMIT, None)
+    if config.alibi_original_max_position_embeddings is None and limit is not None and not config.is_encoder_decoder:
+        config.alibi_original_max_position_embeddings = limit
+        setattr(config, _LIMIT, UNLIMITED)
 
 
 def _of_the_language_model(field: str) -> property:
@@ -212,6 +288,7 @@ def alibi_config(stock: PreTrainedConfig, **fields: Any) -> Any:
             # The part of a composite config that was read from a file brings these fields along.
             default = vars(config).get(field, getattr(type(config), field))
             setattr(config, field, fields.get(field, default))
+        _lift_limit(config)
     config.validate_alibi()
     return config
 
@@ -240,14 +317,19 @@ def __getattr__(name: str) -> Any:
         return globals()[name]
     stock = stock_class(__name__, name, PreTrainedConfig)
     added = AlibiConfig if text_config_name(stock) is None else AlibiCompositeConfig
-    made = type(
-        name,
-        (stock, added) if added is AlibiConfig else (added, stock),
-        {
-            "__module__": __name__,
-            "__doc__": f"`{stock.__name__}` of a model with ALiBi; see `{added.__name__}` for what that adds.",
-            "model_type": f"alibi_{stock.model_type}",
-        },
-    )
+    members: dict[str, Any] = {
+        "__module__": __name__,
+        "__doc__": f"`{stock.__name__}` of a model with ALiBi; see `{added.__name__}` for what that adds.",
+        "model_type": (_ComparedType if stock.model_type in _COMPARED_TYPES else str)(f"alibi_{stock.model_type}"),
+    }
+    if added is AlibiConfig:
+
+        def __post_init__(self: Any, **kwargs: Any) -> None:
+            with original_limit(self):
+                stock.__post_init__(self, **kwargs)
+            _lift_limit(self)
+
+        members["__post_init__"] = __post_init__
+    made = type(name, (stock, added) if added is AlibiConfig else (added, stock), members)
     # Another thread may have made it meanwhile.
     return globals().setdefault(name, strict(made))

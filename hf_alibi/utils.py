@@ -1,4 +1,4 @@
-"""Helpers without a better home: evaluation mode, progress bars, mappings in settings."""
+"""Helpers without a better home: evaluation mode, devices, progress bars, mappings in settings."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from tqdm import tqdm
 from .errors import InputError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
+    from transformers import PreTrainedModel
 
-__all__ = ["METRICS_FILE", "evaluation_mode", "progress_bar", "read_mapping"]
+__all__ = ["METRICS_FILE", "evaluation_mode", "input_device", "progress_bar", "read_mapping"]
 
 # What a training leaves beside its model: every number and setting of the run.
 METRICS_FILE = "metrics.json"
@@ -30,6 +32,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where the inputs of `model` go; for offloaded embeddings the CPU, from where accelerate's hooks fetch them."""
+    import torch
+
+    return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
 @contextmanager

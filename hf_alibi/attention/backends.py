@@ -34,7 +34,8 @@ def alibi_name(attn_implementation: str) -> str:
     """
     if attn_implementation not in BACKENDS and attn_implementation not in _PAGED:
         raise ValueError(
-            f"attn_implementation {attn_implementation!r} has no ALiBi form; supported: {', '.join(BACKENDS)}"
+            f'Specified `attn_implementation="{attn_implementation}"` is not supported with ALiBi; supported: '
+            f"{', '.join(BACKENDS)}"
         )
     return f"alibi_{attn_implementation}"
 

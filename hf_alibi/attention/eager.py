@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bias import alibi_bias
 from .call import resolve
 from .inputs import visible_keys
 
@@ -45,8 +44,7 @@ def eager_alibi_attention(
         kwargs=kwargs,
         supported=("softcap", "s_aux"),
     )
-    slopes = call.slopes
-    allowed, added = visible_keys(attention_mask, query, key)
+    allowed, added, _ = visible = visible_keys(attention_mask, query, key)
     key, value = (states.repeat_interleave(call.groups, dim=1) for states in (key, value))
 
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -55,7 +53,7 @@ def eager_alibi_attention(
         logits = query.to(wide) @ key.to(wide).transpose(-1, -2) * call.scaling
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        logits = logits + alibi_bias(slopes.for_queries(lambda: allowed.sum(dim=-1)), allowed, slopes.sink_tokens)
+        logits = logits + call.slopes.bias(visible)
         if added is not None:
             logits = logits + added
         # A query that may see nothing (padding) gets zeros, and finite gradients on the way.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..bias import causal_rows
 
-__all__ = ["refuse_unsupported", "visible_keys", "visible_range"]
+__all__ = ["HasShape", "Visible", "own_keys", "refuse_unsupported", "visible_keys", "visible_range"]
 
 # An additive entry at or under this is a mask: after softmax it leaves nothing in any floating-point type.
 _MASKED = -1e4
@@ -52,22 +52,41 @@ def refuse_unsupported(
         raise ValueError(f"ALiBi is for causal attention; {type(module).__name__} was called with is_causal=False")
 
 
-def visible_keys(attention_mask: Tensor | None, query: Tensor, key: HasShape) -> tuple[Tensor, Tensor | None]:
-    """What each query may see, and what is added to the logits.
+class Visible(NamedTuple):
+    """What each query may see, and what is added to the logits."""
+
+    allowed: Tensor
+    """Bool (batch or 1, heads or 1, queries, keys)."""
+    added: Tensor | None = None
+    """The mask itself if it is additive: what it adds to allowed entries comes on top of the bias."""
+    own: Tensor | None = None
+    """int64 (queries,), index of each query's own key; None if no query sees keys after its own."""
+
+    def part(self, batch: slice, queries: slice) -> Visible:
+        """Of some sequences and queries."""
+        allowed, added, own = self
+        return Visible(
+            allowed[batch, :, queries],
+            None if added is None else added[batch, :, queries],
+            None if own is None else own[queries],
+        )
+
+
+def visible_keys(attention_mask: Tensor | Visible | None, query: Tensor, key: HasShape) -> Visible:
+    """What each query may see under `attention_mask`.
 
     Args:
         attention_mask: (batch or 1, heads or 1, queries, keys), bool (True: may be seen) or additive. None means
-            causal, the first query at the first key; a single query sees all keys.
+            causal, the first query at the first key; a single query sees all keys. Or what this returned.
         query: (batch, heads, queries, head_dim).
         key: (batch, key-value heads, keys, head_dim).
-
-    Returns (allowed, added): bool, and the mask itself if it is additive, since what it adds to allowed entries
-    comes on top of the bias; None otherwise.
     """
     queries, keys = query.shape[2], key.shape[2]
+    if isinstance(attention_mask, Visible):
+        return attention_mask
     if attention_mask is None:
         first = keys - 1 if queries == 1 else 0
-        return causal_rows(first, queries, keys, query.device)[None, None], None
+        return Visible(causal_rows(first, queries, keys, query.device)[None, None])
     if attention_mask.ndim != 4:
         raise ValueError(
             "ALiBi attention needs a 4D mask (batch, heads, queries, keys), or a 2D padding mask given to the model; "
@@ -76,11 +95,33 @@ def visible_keys(attention_mask: Tensor | None, query: Tensor, key: HasShape) ->
     if attention_mask.shape[-2:] != (queries, keys):
         got = tuple(attention_mask.shape[-2:])
         raise ValueError(f"the attention mask is for {got} queries and keys, but there are {(queries, keys)}")
-    if attention_mask.dtype == torch.bool:
-        return attention_mask, None
-    if not attention_mask.is_floating_point():
+    if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
         raise ValueError(f"a 4D attention mask must be bool or floating point, got {attention_mask.dtype}")
-    return attention_mask > _MASKED, attention_mask
+    is_bool = attention_mask.dtype == torch.bool
+    allowed = attention_mask if is_bool else attention_mask > _MASKED
+    own = None
+    if queries == keys > 1:
+        own = torch.arange(queries, device=allowed.device)
+    elif queries > 1:
+        first_sees, any_sees = (visible_range(part)[1] for part in (allowed[:, :, 0], allowed.any(dim=2)))
+        own = own_keys(first_sees, any_sees.amax() + 1, queries, keys)
+    return Visible(allowed, None if is_bool else attention_mask, own)
+
+
+def own_keys(first_sees: Tensor, filled: Tensor, queries: int, keys: int) -> Tensor:
+    """Index of each query's own key, int64 (queries,).
+
+    Queries are the last tokens of the keys, unless keys that nobody sees follow: the end of a static cache that is
+    still empty. Padding after all sequences looks the same, but there the first query sees up to its own key.
+
+    Args:
+        first_sees: index of the last key that the first query of each sequence sees.
+        filled: how many keys there are up to the last one that any query sees.
+        queries, keys: how many.
+    """
+    empty_end = (filled < keys) & ~(first_sees == keys - queries).any()
+    offset = torch.where(empty_end, (filled - queries).clamp(min=0), keys - queries)
+    return torch.arange(queries, device=filled.device) + offset
 
 
 def visible_range(visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bias import alibi_bias
 from ..configuration import num_heads
 from ..slopes import alibi_slopes, dynamic_scale, scale_slopes
-from .inputs import HasShape
+from .inputs import HasShape, Visible
 
 __all__ = ["HeadSlopes", "head_slopes", "own_heads"]
 
@@ -46,6 +47,11 @@ class HeadSlopes:
             return slopes
         return slopes * dynamic_scale(count_context(), *self.dynamic)[..., None]
 
+    def bias(self, visible: Visible) -> Tensor:
+        """The dense bias, float32 (batch or 1, heads, queries, keys), -inf where a query may not see a key."""
+        allowed, _, own = visible
+        return alibi_bias(self.for_queries(lambda: allowed.sum(dim=-1)), allowed, self.sink_tokens, own)
+
 
 def head_slopes(module: nn.Module, query: HasShape, value: HasShape, device: torch.device) -> HeadSlopes:
     """The slopes of the heads of one attention call, which under tensor parallelism are some of the layer's.
@@ -61,7 +67,7 @@ def head_slopes(module: nn.Module, query: HasShape, value: HasShape, device: tor
     """
     config: Any = module.config
     slopes = config.alibi_slopes
-    heads = query.shape[1]
+    heads = int(query.shape[1])  # torch.jit.trace has tensors for sizes
     total, first = own_heads(module, heads, value.shape[-1])
     if slopes is not None and total != len(slopes):
         if any(slopes):

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
+from .inputs import visible_keys
+
 __all__ = ["WITHOUT_PAGED_CACHE", "Attention", "takes_paged_cache"]
 
 Attention = Callable[..., tuple[Tensor, Any]]
@@ -46,7 +48,10 @@ def takes_paged_cache(attention: Attention, *, only: bool = False) -> Attention:
             kwargs.pop("is_causal", None)
             layer: Any = module
             key, value = cache.update(key_states=key, value_states=value, layer_idx=layer.layer_idx, kwargs=kwargs)
-        elif only:
+            # Queries of several requests stand in a row: each one's own key is the last that it sees.
+            mask = visible_keys(attention_mask, query, key)._replace(own=None)
+            return attention(module, query, key, value, mask, **kwargs)
+        if only:
             raise ValueError(
                 f"ALiBi attention 'paged|eager' of {type(module).__name__} was called without the paged cache of "
                 "continuous batching; it is for generate_batch, use attn_implementation='eager' for anything else"

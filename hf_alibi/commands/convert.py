@@ -21,6 +21,7 @@ from ..reporting.results import replacing
 from ..training.data import load_tokenizer, load_tokens
 from ..training.model_card import CARD_FILE, model_card
 from ..training.settings import DataArguments, FinetuneArguments
+from ..training.starting_model import check_sources
 from .extrapolate import compare
 from .fields import read_yaml
 from .finetune import conclude, train
@@ -83,6 +84,7 @@ def _convert(
         **{one.name: getattr(comparison, one.name) for one in dataclasses.fields(ComparisonArguments)},
     )
     require_matplotlib()
+    check_sources(args)
     tokenizer = load_tokenizer(data.tokenizer_name or source)
     evaluation.protocol().check(len(load_tokens(data, tokenizer).held_out))
     # Training settles some of its arguments; the control starts from the same ones.

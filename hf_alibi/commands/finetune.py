@@ -34,8 +34,8 @@ from ..training.checkpoints import STATE_FILE, is_complete, last_complete_checkp
 from ..training.data import TokenBlocks, TokenSplit, count_bytes, load_tokenizer, load_tokens, pack_blocks
 from ..training.model_card import CARD_FILE, model_card
 from ..training.settings import DataArguments, FinetuneArguments
-from ..training.starting_model import check_length, check_vocabulary, load_model, load_teacher
-from ..training.trainer import RateScales, check_weights, make_trainer
+from ..training.starting_model import check_length, check_sources, check_vocabulary, load_model, load_teacher
+from ..training.trainer import RateScales, check_reporters, check_weights, make_trainer
 from ..utils import METRICS_FILE
 from .settings import load_settings, resolve_settings, save_settings
 
@@ -86,6 +86,8 @@ def train(
     output_dir = Path(training.output_dir)
     if training.process_index == 0:
         _check_output_dir(output_dir, resume=_wants_resume(training))
+    check_reporters(training)
+    check_sources(args)
     checkpoint = _resume_checkpoint(training, console)
     tokenizer, tokens, train_blocks, eval_blocks = _load_blocks(args, data, training)
     max_steps = _max_steps(args, training)

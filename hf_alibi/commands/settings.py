@@ -75,6 +75,8 @@ def make_settings(
         )
     except InputError:
         raise
+    except ImportError as error:
+        raise InputError(f"a setting needs a package that is missing: {one_line(error)}; install it") from error
     except (ValueError, TypeError) as error:
         raise InputError(f"bad value in {source} or on the command line: {one_line(error)}") from error
     if rest:

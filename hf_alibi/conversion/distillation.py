@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from ..model.anatomy import is_alibi, self_attentions, text_decoder
-from ..utils import evaluation_mode, progress_bar
+from ..utils import evaluation_mode, input_device, progress_bar
 
 __all__ = ["FitSettings", "LayerFit", "check_distillation", "distill_layers"]
 
@@ -283,7 +283,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _run(model: PreTrainedModel, batch: Tensor) -> None:
-    text_decoder(model)(input_ids=batch.to(model.device), use_cache=False)
+    text_decoder(model)(input_ids=batch.to(input_device(model)), use_cache=False)
 
 
 def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ..model.anatomy import position_limit
 from ..model.patching import apply_alibi, checked_config
+from ..utils import input_device
 from .distillation import FitSettings, check_distillation, distill_layers
 from .matching import match_heads
 from .settings import ConversionArguments
@@ -50,7 +51,7 @@ def convert_model(
         check_distillation(model, distilled, batch_size=batch_size)
         teacher = copy.deepcopy(model)
     if recipe.match_tokens:
-        done["head_order"] = match_heads(model, matched.to(model.device))
+        done["head_order"] = match_heads(model, matched.to(input_device(model)))
     apply_alibi(model, sink_tokens=recipe.sink_tokens)
     if teacher is not None:
         settings = FitSettings(recipe.distill_epochs, recipe.distill_learning_rate, batch_size, bf16, seed)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..utils import evaluation_mode, progress_bar
+from ..utils import evaluation_mode, input_device, progress_bar
 from .intervals import wilson
 from .passkey_prompts import PasskeyCase, PasskeyProbe, PasskeyText
 from .protocol import CANNOT_RUN, FULL, OK
@@ -68,7 +68,7 @@ def evaluate_passkey(
         progress_bar(f"asking {name}", total, shown=progress) as advance,
     ):
         # Rotations that adapt to the length ("dynamic") stay those of the longest text until they see a short one.
-        model(input_ids=text.first_token().to(model.device), use_cache=False)
+        model(input_ids=text.first_token().to(input_device(model)), use_cache=False)
         for length in runnable:
             for depth in probe.depths:
                 cases = probe.cell(text, length, depth)
@@ -95,7 +95,7 @@ def _answers(model: PreTrainedModel, cases: Sequence[PasskeyCase]) -> Iterator[b
     """Whether the model answers each of some cases of one length."""
     longest = max(case.answer for case in cases)
     # The last token is only ever a target.
-    ids = torch.stack([case.tokens[:-1] for case in cases]).to(model.device)
+    ids = torch.stack([case.tokens[:-1] for case in cases]).to(input_device(model))
     options: dict[str, Any] = {}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = longest

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InputError
 from ..model.anatomy import position_limit
-from ..utils import evaluation_mode, progress_bar
+from ..utils import evaluation_mode, input_device, progress_bar
 from . import memory
 from .memory import check_memory
 from .protocol import CANNOT_RUN, CROPPED, FULL, NON_OVERLAPPING, OK, PROTOCOLS, Protocol, Window
@@ -205,6 +205,8 @@ def _check_model_and_tokens(model: PreTrainedModel, tokens: Tensor, name: str) -
     head = model.get_output_embeddings()
     if head is None or model.config.is_encoder_decoder:
         raise InputError(f"model {name!r} is a {type(model).__name__}; perplexity needs a causal language model")
+    if not isinstance(tokens, Tensor):
+        raise InputError(f"tokens is a {type(tokens).__name__}; give a tensor, torch.tensor(tokens), of one text")
     if tokens.dim() != 1 or tokens.dtype != torch.int64:
         raise InputError(f"tokens of shape {tuple(tokens.shape)}, {tokens.dtype}; give one dimension of torch.int64")
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -239,7 +241,7 @@ def _plan_losses(
             length=longest,
             batch=max(1, batch_tokens // longest),
             dtype=model.dtype,
-            device=model.device,
+            device=input_device(model),
             sliced_logits=sliced,
         )
         total = sum(window.length for windows in plan.values() for window in windows)
@@ -266,7 +268,7 @@ def _logits_follow_from_hidden_states(model: PreTrainedModel, tokens: Tensor) ->
     Not so if logits are capped, scaled or computed by a wrapper. Cap and scale are nearly the identity
     on small logits, so nothing but rounding is tolerated.
     """
-    ids = tokens[None, : min(16, len(tokens))].to(model.device)
+    ids = tokens[None, : min(16, len(tokens))].to(input_device(model))
     hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
     if hidden is None:
         return False
@@ -297,10 +299,10 @@ def window_losses(
     """
     losses = []
     for group in _batches(windows, batch):
-        ids = torch.stack([tokens[w.start : w.start + w.length] for w in group]).to(model.device)
+        ids = torch.stack([tokens[w.start : w.start + w.length] for w in group]).to(input_device(model))
         if bos_token_id is not None:
             ids[:, 0] = bos_token_id
-        targets = torch.stack([tokens[w.first_target : w.start + w.length + 1] for w in group]).to(model.device)
+        targets = torch.stack([tokens[w.first_target : w.start + w.length + 1] for w in group]).to(input_device(model))
         if sliced_logits:
             features = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             head = model.get_output_embeddings()

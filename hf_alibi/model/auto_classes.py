@@ -7,18 +7,22 @@ from types import ModuleType
 from typing import Any
 
 from ..after_import import after_import
-from ..peft_targets import register_peft_targets
+from ..type_tables import register_type_tables
+from .stock_modules import add_alias
 
 __all__ = ["register"]
 
 _AUTO = "transformers.models.auto"
+# Auto classes whose tables have the same row for a converted model as for what it was converted from.
+_SAME = ("tokenization", "processing", "feature_extraction", "image_processing", "video_processing")
 
 
 def register() -> None:
-    """Register configs and models, and PEFT's targets for them; calling it again changes nothing.
+    """Register configs and models, and them in tables of other packages; calling it again changes nothing.
 
     An ALiBi class takes its place in exactly those Auto classes that hold the class it converts, so that
-    `AutoModelForCausalLM` and the like work for converted checkpoints as for plain ones. Only names are written into
+    `AutoModelForCausalLM` and the like work for converted checkpoints as for plain ones. Tokenizers and processors are
+    those of the family. Only names are written into
     the tables that transformers keeps, and where to find them: the classes are made when they are asked for.
     `register` of the Auto classes would need the classes themselves, and with them the code of every family.
 
@@ -26,7 +30,9 @@ def register() -> None:
     """
     after_import(f"{_AUTO}.configuration_auto", _write_configs)
     after_import(f"{_AUTO}.modeling_auto", _write_models)
-    register_peft_targets()
+    for kind in _SAME:
+        after_import(f"{_AUTO}.{kind}_auto", _write_same)
+    register_type_tables()
 
 
 def _write_configs(auto: ModuleType) -> None:
@@ -36,7 +42,9 @@ def _write_configs(auto: ModuleType) -> None:
     names, modules = config_tables(auto)
     for kind, name in _stock(names).items():
         names[f"alibi_{kind}"] = f"Alibi{name}"
-        modules[auto.model_type_to_module_name(f"alibi_{kind}")] = configuration
+        module = auto.model_type_to_module_name(f"alibi_{kind}")
+        modules[module] = configuration
+        add_alias(module, auto.model_type_to_module_name(kind))
 
 
 def _write_models(auto: ModuleType) -> None:
@@ -45,7 +53,19 @@ def _write_models(auto: ModuleType) -> None:
 
     for listed, add in auto_tables(auto):
         for kind, names in _stock(listed).items():
-            add(f"alibi_{kind}", modeling, _alibi_names(names))
+            add(f"alibi_{kind}", _alibi_names(names), modeling)
+
+
+def _write_same(auto: ModuleType) -> None:
+    from .compat import auto_tables, config_names, wrong_tokenizers
+
+    known = config_names()
+    for listed, add in auto_tables(auto):
+        for kind, names in _stock(listed).items():
+            if kind in known:
+                add(f"alibi_{kind}", names, None)
+    wrong = wrong_tokenizers(auto)
+    wrong.update([f"alibi_{kind}" for kind in wrong if not kind.startswith("alibi_")])
 
 
 def _stock(table: Mapping[str, Any]) -> dict[str, Any]:

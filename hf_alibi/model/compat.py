@@ -10,7 +10,7 @@ Functions import what they need: some run while transformers is still importing 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Container, Iterator, MutableMapping
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
@@ -23,10 +23,12 @@ __all__ = [
     "asks_for_a_backend",
     "auto_tables",
     "checkpoint_conversions",
+    "config_names",
     "config_tables",
     "listed_classes",
     "record_outputs_by_class",
     "without_timestamps",
+    "wrong_tokenizers",
 ]
 
 
@@ -35,19 +37,36 @@ def config_tables(auto: ModuleType) -> tuple[MutableMapping[str, str], MutableMa
     return auto.CONFIG_MAPPING._mapping, auto.CONFIG_MAPPING._modules
 
 
-def auto_tables(auto: ModuleType) -> Iterator[tuple[MutableMapping[str, Any], Callable[[str, ModuleType, Any], None]]]:
-    """Of each Auto class for models: names of classes by model type, and a function that adds a row.
+def config_names() -> Container[str]:
+    """Model types that AutoConfig knows."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    The function takes a model type, the module that has its classes, and their names. `AutoConfig` must know the type.
+    names: Container[str] = CONFIG_MAPPING._mapping
+    return names
+
+
+def wrong_tokenizers(auto: ModuleType) -> set[str]:
+    """Model types for which AutoTokenizer believes its table and not the files; no set of that if `auto` has none."""
+    return getattr(auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", set())
+
+
+def auto_tables(
+    auto: ModuleType,
+) -> Iterator[tuple[MutableMapping[str, Any], Callable[[str, Any, ModuleType | None], None]]]:
+    """Of each Auto class in a module: names of classes by model type, and a function that adds a row.
+
+    The function takes a model type, the names of its classes and the module that has them, None for where transformers
+    looks. `AutoConfig` must know the type.
     """
     from transformers.models.auto.auto_factory import _LazyAutoMapping
     from transformers.models.auto.configuration_auto import model_type_to_module_name
 
     for table in [value for value in vars(auto).values() if isinstance(value, _LazyAutoMapping)]:
 
-        def add(kind: str, module: ModuleType, names: Any, table: Any = table) -> None:
+        def add(kind: str, names: Any, module: ModuleType | None, table: Any = table) -> None:
             table._model_mapping[kind] = names
-            table._modules[model_type_to_module_name(kind)] = module
+            if module is not None:
+                table._modules[model_type_to_module_name(kind)] = module
             table._reverse_config_mapping[table._config_mapping[kind]] = kind
 
         yield table._model_mapping, add

@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import torch
+from huggingface_hub import file_exists, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from ..errors import InputError, one_line
 
-__all__ = ["check_safetensors", "load_complete", "why_not_loaded"]
+__all__ = ["check_safetensors", "check_source", "load_complete", "why_not_loaded"]
 
 
 def why_not_loaded(error: Exception) -> str:
@@ -18,6 +21,31 @@ def why_not_loaded(error: Exception) -> str:
         return f"{one_line(error)}; check that its files are complete"
     said = str(error.__cause__ or error)
     return f"its config.json does not suit its model type ({' '.join(said.split())}); correct it, or copy it again"
+
+
+def check_source(source: str | None, field: str) -> None:
+    """Raise InputError at once if `source` is neither a folder nor, as far as the hub can be asked, a model there.
+
+    Loading it would try the hub again and again, for the best part of a minute. `field` is the setting that holds it.
+    """
+    if source is None or Path(source).exists():
+        return
+    here = f"{field} is {source!r}: there is no such folder"
+    try:
+        if file_exists(source, CONFIG_NAME):
+            return
+        raise InputError(f"{here}, and the hub has no model of that name; give an existing folder or a hub name")
+    except HFValidationError as error:
+        raise InputError(f"{here}, and it is not a name on the hub; give an existing folder or a hub name") from error
+    except (HfHubHTTPError, InputError):
+        raise
+    except Exception as error:  # whatever the network raises
+        if isinstance(try_to_load_from_cache(source, CONFIG_NAME), str):
+            return
+        raise InputError(
+            f"{here}, and the hub could not be asked for a model of that name ({one_line(error)}); give an existing "
+            "folder, or connect"
+        ) from error
 
 
 def load_complete(

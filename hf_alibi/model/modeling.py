@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import os
+import sys
 from copy import copy
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 
 from .. import configuration
 from ..attention.backends import check_backend
 from ..attention.cache import AlibiCache
 from ..attention.paged import WITHOUT_PAGED_CACHE
-from ..configuration import Converted, text_config
+from ..configuration import (
+    PLAIN_CHECKPOINT,
+    Converted,
+    is_unsaved_name,
+    name_until_saved,
+    original_limit,
+    text_config,
+)
 from .anatomy import self_attentions
 from .code_export import saving_code
 from .families import stock_type
@@ -21,12 +30,16 @@ from .installation import check_attention, check_family, install_alibi
 from .own_attention import is_own_attention
 from .weight_conversions import register_conversions
 
-__all__ = ["AlibiModel", "model_class"]
+__all__ = ["AlibiModel", "alibi_class", "model_class"]
 
 register_conversions()
 
 # What configs call layers that keep more than keys and values, or something else, from token to token.
 _WITH_A_STATE = {"conv", "hybrid", "linear_attention", "mamba"}
+
+
+# The forms of users' own classes; those of transformers' are names of this module.
+_own: dict[Any, type[PreTrainedModel]] = {}
 
 
 class AlibiModel:
@@ -35,6 +48,9 @@ class AlibiModel:
     config: Converted
     # Engines that ask this put their own attention in place of the model's, and the bias would be lost.
     _supports_attention_backend = False
+    _named_by_saving = False
+    alibi_stock_class: type[PreTrainedModel] | None = None
+    """What a class of one's own was made of; None for those of transformers."""
 
     def __init__(self, config: Converted, *args: Any, **kwargs: Any) -> None:
         if not isinstance(config, Converted):
@@ -45,12 +61,15 @@ class AlibiModel:
         # Again: fields may have been changed since the config was made, such as by from_pretrained's arguments.
         config.validate_alibi()
         check_family(config)
+        if config.__dict__.pop(PLAIN_CHECKPOINT, False):
+            config.name_or_path = name_until_saved(config)
         # Parts are first built as transformers' own, and its GPT-2 refuses flex_attention.
         flex = config._attn_implementation == "flex_attention"
         try:
             if flex:
                 config._attn_implementation = "sdpa"
-            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+            with original_limit(config):
+                super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         finally:
             if flex:
                 config._attn_implementation = "flex_attention"
@@ -108,6 +127,11 @@ class AlibiModel:
         config.auto_switch_to_flash = False
         return super().init_continuous_batching(generation_config, config, **kwargs)  # type: ignore[misc]
 
+    def _init_weights(self: Any, module: nn.Module) -> None:
+        # Some families fill tables of that size.
+        with original_limit(self.config):
+            super()._init_weights(module)  # type: ignore[misc]
+
     @classmethod
     def is_custom_code(cls) -> bool:
         """No: what transformers does for its own classes, such as initializing parts without parameters, is right."""
@@ -135,10 +159,19 @@ class AlibiModel:
         """As any model's.
 
         With `export_remote_code` the checkpoint brings along the code it needs, and loads without this package if
-        `trust_remote_code=True` is given.
+        `trust_remote_code=True` is given. Raises ValueError for a class of one's own, whose code is not among it.
         """
+        if export_remote_code and self.alibi_stock_class is not None:
+            raise ValueError(
+                f"export_remote_code cannot bring the code of {self.alibi_stock_class.__name__} along; leave it out, "
+                f"and load the checkpoint with hf_alibi.alibi_class({self.alibi_stock_class.__name__})"
+            )
         with saving_code(self, save_directory, export_remote_code, is_main_process):
             super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
+        # A conversion has the name of the folder that it was saved to last; a loaded model keeps its own.
+        if self._named_by_saving or is_unsaved_name(self.name_or_path):
+            self._named_by_saving = True
+            self.name_or_path = self.config.name_or_path = str(save_directory)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """The implementation to use, as transformers decides.
@@ -152,11 +185,69 @@ class AlibiModel:
 
 
 def model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel] | None:
-    """The ALiBi form of a model class of transformers; None for any other class, and for what is inside models only."""
-    if getattr(transformers, stock.__name__, None) is not stock:
-        return None
-    made: type[PreTrainedModel] = __getattr__(f"Alibi{stock.__name__}")
+    """The ALiBi form of a model class; None for what is inside models of transformers only, and for an ALiBi form.
+
+    Raises ValueError for a class of the user's own that has no ALiBi form; see `alibi_class`.
+    """
+    if getattr(transformers, stock.__name__, None) is stock:
+        made: type[PreTrainedModel] = __getattr__(f"Alibi{stock.__name__}")
+        return made
+    inside = stock.__module__.split(".")[0] == "transformers" or issubclass(stock, AlibiModel)
+    return None if inside else _of_ones_own(stock)
+
+
+def alibi_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The ALiBi form of a model class of transformers, or of one derived from it with a head or a loss of your own.
+
+    `alibi_class(MyModel).from_pretrained(folder)` loads what a converted `MyModel` was saved to.
+
+    Raises TypeError for anything but a class of models, ValueError for a class that has no ALiBi form: one that Python
+    cannot import, such as a class inside a function, and one with a config class of its own.
+    """
+    if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
+        raise TypeError(f"alibi_class takes a class of transformers models, got {stock!r}")
+    made = model_class(stock)
+    if made is None:
+        raise ValueError(f"no ALiBi form of {stock.__module__}.{stock.__name__}: it is not a model of its own")
     return made
+
+
+def _of_ones_own(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    if stock in _own:
+        return _own[stock]
+    found: Any = sys.modules.get(stock.__module__)
+    for part in stock.__qualname__.split("."):
+        found = getattr(found, part, None)
+    if found is not stock:
+        raise ValueError(
+            f"no ALiBi form of {stock.__module__}.{stock.__qualname__}: Python cannot import it, so that nothing could "
+            "load what is saved; put the class at the top of a module"
+        )
+    return _own.setdefault(
+        stock, _made(stock, f"Alibi{stock.__name__}", __reduce_ex__=_reduced, alibi_stock_class=stock)
+    )
+
+
+def _reduced(model: Any, _: Any) -> tuple[Any, ...]:
+    """How a model of one's own class is copied and pickled: by the class that it was made of."""
+    return _empty, (model.alibi_stock_class,), vars(model)
+
+
+def _empty(stock: type[PreTrainedModel]) -> Any:
+    made: Any = alibi_class(stock)
+    return made.__new__(made)
+
+
+def _made(stock: type[PreTrainedModel], name: str, **members: Any) -> type[PreTrainedModel]:
+    members["__module__"] = __name__
+    members["__doc__"] = f"`{stock.__name__}` with ALiBi; `from_pretrained` of a plain checkpoint converts it."
+    if stock.config_class is not None:
+        config = configuration.config_class(stock.config_class)
+        members.update(config_class=config, __annotations__={"config": config})
+    if stock.__name__.startswith("GPT2"):
+        # transformers does not offer what GPT-2's self-attention can do.
+        members.update(_supports_flex_attn=True)
+    return type(name, (AlibiModel, stock), members)
 
 
 def __getattr__(name: str) -> Any:
@@ -167,15 +258,5 @@ def __getattr__(name: str) -> Any:
         # transformers looks for a config where the model is, to say what it has found.
         return getattr(configuration, name)
     stock = configuration.stock_class(__name__, name, PreTrainedModel)
-    members: dict[str, Any] = {
-        "__module__": __name__,
-        "__doc__": f"`{stock.__name__}` with ALiBi; `from_pretrained` of a plain checkpoint converts it.",
-    }
-    if stock.config_class is not None:
-        config = configuration.config_class(stock.config_class)
-        members.update(config_class=config, __annotations__={"config": config})
-    if stock.__name__.startswith("GPT2"):
-        # transformers does not offer what GPT-2's self-attention can do.
-        members.update(_supports_flex_attn=True)
     # Another thread may have made it meanwhile.
-    return globals().setdefault(name, type(name, (AlibiModel, stock), members))
+    return globals().setdefault(name, _made(stock, name))

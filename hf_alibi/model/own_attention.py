@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from types import MethodType
 from typing import Any
 
 import torch
@@ -58,9 +59,9 @@ class _GPTNeo(_AttnMethod):
         self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         if self.attention_type == "local":
-            allowed, _ = visible_keys(attention_mask, query, key)
-            # The last key that a query sees is its own, whatever cache the keys come from.
-            own = visible_range(allowed)[1][..., None]
+            allowed, _, own = visible_keys(attention_mask, query, key)
+            # With one query, the last key that it sees is its own, whatever cache the keys come from.
+            own = (visible_range(allowed)[1] if own is None else own)[..., None]
             attention_mask = allowed & (torch.arange(key.shape[2], device=key.device) > own - self.config.window_size)
         output: tuple[Tensor, Tensor | None] = super()._attn(query, key, value, attention_mask)
         return output
@@ -110,10 +111,24 @@ def is_own_attention(module: nn.Module) -> bool:
 
 
 def convert_own_attention(module: nn.Module) -> None:
-    """Give `module` its form, in place; nothing to do for other modules, or a second time."""
-    name = type(module).__name__
-    if name in _FORMS:
-        module.__class__ = __getattr__(f"Alibi{name}")
+    """Give `module` its form, in place; nothing to do for other modules, or a second time.
+
+    Raises ValueError if the module has a forward of its own, which would go on without the bias.
+    """
+    stock = type(module)
+    if stock.__name__ not in _FORMS:
+        return
+    module.__class__ = __getattr__(f"Alibi{stock.__name__}")
+    # accelerate puts its hooks in the place of `forward`, and what they call into `_old_forward`.
+    name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+    kept = vars(module).get(name)
+    if getattr(kept, "__func__", None) is stock.forward:
+        vars(module)[name] = MethodType(module.__class__.forward, module)
+    elif kept is not None:
+        raise ValueError(
+            f"the forward of a {stock.__name__} was replaced, so that ALiBi would not reach it; convert the model "
+            "before other tools change it"
+        )
 
 
 def __getattr__(name: str) -> Any:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, TypeVar
 
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention.backends import check_backend
-from ..configuration import alibi_config, check_sink_tokens, check_slopes, num_heads, text_config
+from ..configuration import alibi_config, check_sink_tokens, check_slopes, name_until_saved, num_heads, text_config
 from .anatomy import is_alibi
 from .families import is_listed
 from .installation import check_attention, check_family, install_alibi, undone_on_error
@@ -45,18 +47,28 @@ def apply_alibi(model: Model, *, slopes: Sequence[float] | None = None, sink_tok
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"apply_alibi takes a transformers PreTrainedModel, got {type(model).__name__}; "
-            "wrappers such as PEFT's or torch.compile's come after it"
+            f"apply_alibi takes a transformers PreTrainedModel, got {type(model).__name__}; {_remedy(model)}"
         )
     stock: Any = model.config
     config = checked_config(model, slopes=slopes, sink_tokens=sink_tokens)
     with undone_on_error(model):
         _replace_configs(model, {id(stock): config, id(text_config(stock)): text_config(config)})
+        for named in (model, config):
+            named.name_or_path = name_until_saved(stock)
         install_alibi(model, model_class)
-        if not is_listed(stock.model_type):
+        if not is_listed(stock.model_type) or any(getattr(part, "alibi_stock_class", None) for part in model.modules()):
             _prove(model, stock.model_type)
     _say_once(type(model).__name__)
     return model
+
+
+def _remedy(given: Any) -> str:
+    """What to give to `apply_alibi` in place of something that is no model."""
+    if isinstance(given, (str, os.PathLike)):
+        return f"load it first: AutoModelForCausalLM.from_pretrained({str(given)!r})"
+    if isinstance(getattr(given, "model", None), PreTrainedModel) and not isinstance(given, nn.Module):
+        return f"give the model that the {type(given).__name__} holds, its .model"
+    return "wrappers such as PEFT's or torch.compile's come after it"
 
 
 @cache
@@ -77,13 +89,12 @@ def _replace_configs(model: PreTrainedModel, replaced: dict[int, PreTrainedConfi
 
 
 def _prove(model: PreTrainedModel, model_type: str) -> None:
-    """Raise ValueError if a model of a type that was never tested does not verify."""
+    """Raise ValueError if a model of a type, or with code, that was never tested does not verify."""
     try:
         verify_alibi(model)
     except Exception as error:
-        raise ValueError(
-            f"no ALiBi for model_type {model_type!r}: not in hf_alibi.supported_families(), and trying it gave: {error}"
-        ) from error
+        why = "classes of its own" if is_listed(model_type) else "not in hf_alibi.supported_families()"
+        raise ValueError(f"no ALiBi for model_type {model_type!r}: {why}, and trying it gave: {error}") from error
 
 
 def checked_config(model: PreTrainedModel, *, slopes: Sequence[float] | None = None, sink_tokens: int = 0) -> Any:
@@ -95,7 +106,7 @@ def checked_config(model: PreTrainedModel, *, slopes: Sequence[float] | None = N
     check_family(stock)
     if model_class(type(model)) is None:
         raise ValueError(
-            f"no ALiBi form of {type(model).__module__}.{type(model).__name__}: it is not a class of transformers"
+            f"no ALiBi form of {type(model).__module__}.{type(model).__name__}: it is not a model of its own"
         )
     check_attention(model)
     check_backend(text_config(stock)._attn_implementation, sink_tokens)

@@ -18,11 +18,11 @@ from ..attention.inputs import visible_keys
 from ..attention.layer_slopes import head_slopes
 from ..configuration import text_config
 from ..errors import VerificationError
-from ..utils import evaluation_mode
+from ..utils import evaluation_mode, input_device
 from .anatomy import is_alibi, self_attentions, text_decoder
 from .families import scales_by_position
 
-__all__ = ["LayerReport", "verify_alibi"]
+__all__ = ["LayerReport", "LayerReports", "verify_alibi"]
 
 # Tokens after those that carry no bias, and padding before them.
 _LENGTH = 16
@@ -41,6 +41,19 @@ class LayerReport:
     """Largest difference of the attention's output to the float64 reference, over the largest value."""
 
 
+class LayerReports(list[LayerReport]):
+    """Those of all layers, which print as a table."""
+
+    def __str__(self) -> str:
+        width = max(len(report.layer) for report in self)
+        rows = [
+            f"{report.layer:<{width}}  {len(report.slopes):>5}  {min(report.slopes):.6g} to {max(report.slopes):.6g}"
+            f"  {report.error:.1e}"
+            for report in self
+        ]
+        return "\n".join([f"{'layer':<{width}}  heads  slopes, error of the output", *rows])
+
+
 @dataclass(frozen=True)
 class _Call:
     """One call of a layer's attention; the output is (batch, queries, heads, head_dim)."""
@@ -55,14 +68,14 @@ class _Call:
     sinks: Tensor | None
 
 
-def verify_alibi(model: PreTrainedModel) -> list[LayerReport]:
+def verify_alibi(model: PreTrainedModel) -> LayerReports:
     """Prove that every self-attention layer of `model` applies exactly the bias that its config says.
 
     A short random batch goes through, once without and once with left padding. Each layer's own queries, keys and
     values are compared with a dense float64 attention, each head's slope and the bias of sink tokens are measured, and
     changed position ids must change nothing. Weights, modes and the random state stay as they are.
 
-    Returns one report a layer, in order.
+    Returns one report a layer, in order; printed, a table.
 
     Raises ValueError for a model that is not converted, VerificationError, which names the layer, where something
     else than the bias is applied.
@@ -73,7 +86,7 @@ def verify_alibi(model: PreTrainedModel) -> list[LayerReport]:
     if not layers:
         raise VerificationError(f"{type(model).__name__} has no self-attention layer that ALiBi knows")
     length = _length(model)
-    plain = torch.ones(2, length, dtype=torch.long, device=model.device)
+    plain = torch.ones(2, length, dtype=torch.long, device=input_device(model))
     padded = plain.clone()
     padded[1, :_PADDING] = 0
     with evaluation_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -86,10 +99,10 @@ def verify_alibi(model: PreTrainedModel) -> list[LayerReport]:
                     raise VerificationError(f"layer {name} never called an ALiBi attention: it runs without the bias")
                 errors[name] = max(errors[name], _compare(name, layer, calls[layer], mask))
         _check_positions(model, padded)
-        return [
+        return LayerReports(
             LayerReport(name, _measured_slopes(name, layer, calls[layer]), errors[name])
             for name, layer in layers.items()
-        ]
+        )
 
 
 @contextmanager
@@ -131,7 +144,7 @@ def _inputs(model: PreTrainedModel, shape: tuple[int, ...]) -> dict[str, Tensor]
     else:  # embeddings of several vocabularies, of audio
         width = text_config(model.config).hidden_size
         inputs = {"inputs_embeds": torch.randn(*shape, width, generator=generator).to(model.dtype)}
-    return {name: value.to(model.device) for name, value in inputs.items()}
+    return {name: value.to(input_device(model)) for name, value in inputs.items()}
 
 
 def _hidden_states(model: PreTrainedModel, mask: Tensor, **kwargs: Any) -> Tensor:
@@ -161,7 +174,7 @@ def _compare(name: str, layer: nn.Module, call: _Call, mask: Tensor) -> float:
     hidden = ~(torch.ones_like(distance, dtype=torch.bool).tril() & mask.bool()[:, None, None, :])
     if isinstance(call.mask, Tensor) and call.mask.ndim == 4:
         # The family's own part of the mask, such as a window.
-        allowed, added = visible_keys(call.mask, query, key)
+        allowed, added, _ = visible_keys(call.mask, query, key)
         hidden = hidden | ~allowed
         logits = logits if added is None else logits + added.double().masked_fill(hidden, 0.0)
     largest_logit = logits.abs().masked_fill(hidden, 0.0).max().item()
@@ -185,36 +198,57 @@ def _compare(name: str, layer: nn.Module, call: _Call, mask: Tensor) -> float:
 def _measured_slopes(name: str, layer: nn.Module, call: _Call) -> tuple[float, ...]:
     """Slopes read off the layer's attention: with equal logits, one token of distance costs exactly the slope.
 
-    Raises if they are not those of the config, or if sink tokens cost anything.
+    Raises if they are not those of the config, also for keys ahead of a query where a mask can show them, or if sink
+    tokens cost anything.
     """
-    heads = call.query.shape[1]
+    config: Any = layer.config
+    sinks, device = int(config.alibi_sink_tokens), call.query.device
+    tokens = sinks + 2
+    # flash-attn has kernels for half types only.
+    dtype = call.query.dtype if "flash" in config._attn_implementation else torch.float64
+    tolerance = max(1e-7, 8 * torch.finfo(dtype).eps)
+    context = torch.full((1, 1, 1), tokens, device=device)
+    expected = _expected_slopes(layer, call, context).expand(1, call.query.shape[1], 1, 1).flatten()
+    seen, of_sinks = _cost(layer, call, dtype, query=tokens - 1, key=tokens - 2, mask=None)
+    measured = {"": seen}
+    try:
+        everything = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=device)
+        measured[" for keys ahead"] = _cost(layer, call, dtype, query=tokens - 2, key=tokens - 1, mask=everything)[0]
+    except ValueError:
+        pass  # refused
+    for where, slopes in measured.items():
+        if not torch.allclose(slopes, expected, rtol=1e-5, atol=tolerance):
+            raise VerificationError(
+                f"layer {name} has slopes {slopes.tolist()}{where}, its config says {expected.tolist()}"
+            )
+    if not of_sinks.abs().max().item() <= tolerance:
+        raise VerificationError(
+            f"layer {name} gives its first {sinks} tokens the bias {of_sinks.tolist()}, alibi_sink_tokens says none"
+        )
+    return tuple(seen.tolist())
+
+
+def _cost(
+    layer: nn.Module, call: _Call, dtype: torch.dtype, *, query: int, key: int, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What one of the two tokens after the sinks costs a query at the other one, and the bias of sinks, (heads,) each.
+
+    All logits are equal, so that only the bias makes weights uneven.
+    """
     config: Any = layer.config
     sinks = int(config.alibi_sink_tokens)
     attention = AttentionInterface().get_interface(config._attn_implementation, None)
-    # flash-attn has kernels for half types only.
-    dtype = call.query.dtype if "flash" in config._attn_implementation else torch.float64
-    query, key, value = (
+    states = [
         states.new_zeros(1, states.shape[1], sinks + 2, states.shape[-1], dtype=dtype)
         for states in (call.query, call.key, call.value)
-    )
-    # What the last query gives to itself stands in no column of its values.
-    value[:, :, sinks, 0] = 1
-    value[:, :, :sinks, 1] = 1
-    output, _ = attention(layer, query, key, value, None, scaling=call.scaling)
-    previous, of_sinks = output[0, -1, :, :2].double().unbind(dim=-1)
-    own = (1 - previous - of_sinks).log()
-    seen = own - previous.log()
-    context = torch.arange(1, sinks + 3, device=call.query.device)[None, None]
-    expected = _expected_slopes(layer, call, context).expand(1, heads, sinks + 2, 1)[0, :, -1, 0]
-    tolerance = max(1e-7, 8 * torch.finfo(dtype).eps)
-    if not torch.allclose(seen, expected, rtol=1e-5, atol=tolerance):
-        raise VerificationError(f"layer {name} has slopes {seen.tolist()}, its config says {expected.tolist()}")
-    bias = of_sinks.log() - math.log(sinks) - own if sinks else torch.zeros_like(own)
-    if not bias.abs().max().item() <= tolerance:
-        raise VerificationError(
-            f"layer {name} gives its first {sinks} tokens the bias {bias.tolist()}, alibi_sink_tokens says none"
-        )
-    return tuple(seen.tolist())
+    ]
+    # What the query gives to itself stands in no column of its values.
+    states[2][:, :, key, 0] = 1
+    states[2][:, :, :sinks, 1] = 1
+    output, _ = attention(layer, *states, mask, scaling=call.scaling)
+    other, of_sinks = output[0, query, :, :2].double().unbind(dim=-1)
+    own = (1 - other - of_sinks).log()
+    return own - other.log(), of_sinks.log() - math.log(sinks) - own if sinks else torch.zeros_like(own)
 
 
 def _check_positions(model: PreTrainedModel, mask: Tensor) -> None:
@@ -240,7 +274,7 @@ def _check_padding(model: PreTrainedModel) -> None:
     inputs = _inputs(model, (2, length))
     alone = decoder(**inputs, use_cache=False)[0]
     padded = {name: torch.cat([value[:, :_PADDING], value], dim=1) for name, value in inputs.items()}
-    mask = torch.ones(2, _PADDING + length, dtype=torch.long, device=model.device)
+    mask = torch.ones(2, _PADDING + length, dtype=torch.long, device=input_device(model))
     mask[:, :_PADDING] = 0
     changed = (decoder(**padded, attention_mask=mask, use_cache=False)[0][:, _PADDING:] - alone).abs().max().item()
     # Sums over other numbers of keys round otherwise, layer after layer.

@@ -1,21 +1,17 @@
 """Text to tokens to blocks: where documents come from, and what is held out."""
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import groupby
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import datasets
 import torch
-from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from ..errors import InputError, one_line
 from ..evaluation.passkey_prompts import passkey_training_tokens
-from .settings import BUILDERS, BYTES, PASSKEY, PYTHON_DOCS, DataArguments
+from .files import TEXT, load_files, loading, only_text
+from .settings import BYTES, PASSKEY, PYTHON_DOCS, DataArguments
 
 __all__ = [
     "TokenBlocks",
@@ -28,8 +24,6 @@ __all__ = [
     "load_tokens",
     "pack_blocks",
 ]
-
-_TEXT = "text"
 
 
 class TokenSplit(NamedTuple):
@@ -69,6 +63,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise InputError(
             f"cannot load the tokenizer {name!r}: {one_line(error)}; give a folder, a hub name or {BYTES!r}"
         ) from error
+    if not tokenizer.encode("a", add_special_tokens=False):
+        # What some families give for a folder without the files of a tokenizer.
+        raise InputError(
+            f"cannot load the tokenizer {name!r}: it has no vocabulary; give a folder that holds one, a hub name or "
+            f"{BYTES!r}"
+        )
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"the tokenizer {name!r} has no end-of-sequence token to join documents with; set its eos_token"
@@ -105,12 +105,12 @@ def load_documents(args: DataArguments) -> datasets.Dataset:
     if args.dataset_name == PASSKEY:
         raise InputError(f"the dataset {PASSKEY} is made of tokens, not of text; use load_tokens")
     if args.train_file is not None:
-        return _load_files(args.train_file, args.text_column)
+        return load_files(args.train_file, args.text_column)
     if args.dataset_name == PYTHON_DOCS:
         return _load_python_docs()
-    with _loading(f"the dataset {args.dataset_name!r}"):
+    with loading(f"the dataset {args.dataset_name!r}"):
         dataset = datasets.load_dataset(args.dataset_name, args.dataset_config_name, split=args.dataset_split)
-    return _only_text(dataset, args.text_column, source=f"the dataset {args.dataset_name!r}")
+    return only_text(dataset, args.text_column, source=f"the dataset {args.dataset_name!r}")
 
 
 def load_tokens(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> TokenSplit:
@@ -130,7 +130,7 @@ def load_tokens(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Toke
     if not train.numel():
         raise InputError("the training data is empty: it has no document with text; give files that hold text")
     if args.validation_file is not None:
-        documents = _load_files(args.validation_file, args.text_column)
+        documents = load_files(args.validation_file, args.text_column)
         held_out = _tokenize(_drop_duplicates(documents, seen), tokenizer, bos)
         if not held_out.numel():
             raise InputError("validation_file holds no text that is not in the training data; give other text")
@@ -188,48 +188,13 @@ def _load_python_docs() -> datasets.Dataset:
     """Load the help topics of the running CPython (about 465 kB, a little different with each version)."""
     from pydoc_data.topics import topics
 
-    return datasets.Dataset.from_dict({_TEXT: [topics[name] for name in sorted(topics)]})
-
-
-def _load_files(paths: list[str], column: str) -> datasets.Dataset:
-    for path in paths:
-        if not Path(path).is_file():
-            raise InputError(f"there is no file {path}; give existing {', '.join(BUILDERS)} files")
-        if Path(path).suffix not in BUILDERS:
-            raise InputError(f"cannot read {path}: its extension must be one of {', '.join(BUILDERS)}")
-    # Neighbours of one kind are read together, so the order given is the order of the documents.
-    groups = [(builder, list(group)) for builder, group in groupby(paths, key=lambda path: BUILDERS[Path(path).suffix])]
-    return datasets.concatenate_datasets([_load_group(builder, group, column) for builder, group in groups])
-
-
-def _load_group(builder: str, paths: list[str], column: str) -> datasets.Dataset:
-    source = ", ".join(paths)
-    options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
-    if all(Path(path).stat().st_size == 0 for path in paths):
-        raise InputError(f"{source}: empty; give files that hold text")
-    with _loading(source):
-        dataset = datasets.load_dataset(builder, data_files=paths, split="train", **options)
-    return _only_text(dataset, _TEXT if builder == "text" else column, source=source)
-
-
-def _only_text(dataset: datasets.Dataset, column: str, *, source: str) -> datasets.Dataset:
-    if column not in dataset.column_names:
-        raise InputError(
-            f"{source} has no column {column!r}; set text_column to one of {', '.join(dataset.column_names)}"
-        )
-    dtype = getattr(dataset.features[column], "dtype", "nested values")
-    if dtype not in ("string", "large_string"):
-        raise InputError(
-            f"column {column!r} of {source} holds {dtype}, not text; set text_column to one that holds text"
-        )
-    text = dataset.select_columns([column]).cast_column(column, datasets.Value("string"))
-    return text if column == _TEXT else text.rename_column(column, _TEXT)
+    return datasets.Dataset.from_dict({TEXT: [topics[name] for name in sorted(topics)]})
 
 
 def _drop_duplicates(documents: datasets.Dataset, seen: set[bytes]) -> datasets.Dataset:
     """Keep the first of equal documents, and none that is empty; `seen` collects the digests of the kept."""
     kept = []
-    for index, text in enumerate(documents[_TEXT]):
+    for index, text in enumerate(documents[TEXT]):
         digest = hashlib.blake2b((text or "").encode("utf-8", "surrogatepass"), digest_size=16).digest()
         if text and not text.isspace() and digest not in seen:
             seen.add(digest)
@@ -241,23 +206,12 @@ def _tokenize(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, b
     first = [] if bos is None else [bos]
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        encoded = tokenizer(batch[_TEXT], add_special_tokens=False, return_attention_mask=False, verbose=False)
+        encoded = tokenizer(batch[TEXT], add_special_tokens=False, return_attention_mask=False, verbose=False)
         return {"input_ids": [[*first, *ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
 
     if not len(documents):
         return torch.empty(0, dtype=torch.int64)
-    encoded = documents.map(encode, batched=True, remove_columns=[_TEXT], desc="Tokenising")
+    encoded = documents.map(encode, batched=True, remove_columns=[TEXT], desc="Tokenising")
     # Arrow's flat buffers: a Python list of every token would need ten times the memory.
     chunks = encoded.with_format("arrow")[:]["input_ids"].chunks
     return torch.cat([torch.tensor(chunk.flatten().to_numpy(), dtype=torch.int64) for chunk in chunks])
-
-
-@contextmanager
-def _loading(source: str) -> Iterator[None]:
-    """Turn what `datasets` raises while it loads into one line that names the source."""
-    try:
-        yield
-    except DatasetGenerationError as error:
-        raise InputError(f"cannot read {source}: {one_line(error.__cause__ or error)}; check the file") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load {source}: {one_line(error)}") from error

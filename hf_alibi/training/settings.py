@@ -7,14 +7,32 @@ from typing import Literal
 from ..errors import InputError
 from ..utils import read_mapping
 
-__all__ = ["BUILDERS", "BYTES", "PASSKEY", "PYTHON_DOCS", "AblationArguments", "DataArguments", "FinetuneArguments"]
+__all__ = [
+    "BUILDERS",
+    "BYTES",
+    "COMPRESSED",
+    "PASSKEY",
+    "PYTHON_DOCS",
+    "AblationArguments",
+    "DataArguments",
+    "FinetuneArguments",
+]
 
 PYTHON_DOCS = "python-docs"
 PASSKEY = "passkey"
 BYTES = "bytes"
 
 # File extension to the builder of `datasets` that reads it.
-BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+BUILDERS = {
+    ".txt": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+}
+# Extensions that may follow one of these; `datasets` unpacks the file.
+COMPRESSED = (".gz", ".bz2", ".xz")
 
 
 @dataclass
@@ -91,7 +109,11 @@ class DataArguments:
     dataset_split: str = field(default="train", metadata={"help": "Split of dataset_name."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     train_file: list[str] | None = field(
-        default=None, metadata={"help": f"Local files instead of dataset_name: {', '.join(BUILDERS)}."}
+        default=None,
+        metadata={
+            "help": f"Local files instead of dataset_name: {', '.join(BUILDERS)}, compressed or not, or folders or "
+            "patterns of them."
+        },
     )
     validation_file: list[str] | None = field(
         default=None, metadata={"help": "Held-out files; without them the tail of the tokens is held out."}

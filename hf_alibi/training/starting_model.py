@@ -10,11 +10,17 @@ from ..configuration import text_config
 from ..conversion.settings import ConversionArguments
 from ..errors import InputError, one_line
 from ..model.anatomy import has_no_positions, is_alibi, position_limit
-from ..model.loading import load_complete
+from ..model.loading import check_source, load_complete
 from .data import TokenSplit
 from .settings import FinetuneArguments
 
-__all__ = ["check_length", "check_vocabulary", "load_model", "load_teacher"]
+__all__ = ["check_length", "check_sources", "check_vocabulary", "load_model", "load_teacher"]
+
+
+def check_sources(args: FinetuneArguments) -> None:
+    """Raise InputError at once if there is no such model, or no such teacher."""
+    for field in ("model_name_or_path", "teacher_name_or_path"):
+        check_source(getattr(args, field), field)
 
 
 def load_model(

@@ -17,12 +17,13 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
+from transformers.integrations import get_reporting_integration_callbacks
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..model.anatomy import self_attentions
 from .data import TokenBlocks
 
-__all__ = ["RateScales", "check_weights", "divergence", "make_trainer", "next_token_loss"]
+__all__ = ["RateScales", "check_reporters", "check_weights", "divergence", "make_trainer", "next_token_loss"]
 
 
 class RateScales(NamedTuple):
@@ -72,6 +73,15 @@ def make_trainer(
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_Progress())
     return trainer
+
+
+def check_reporters(training: TrainingArguments) -> None:
+    """Raise InputError if a package that `report_to` needs is missing."""
+    for callback in get_reporting_integration_callbacks(training.report_to):
+        try:
+            callback()
+        except (ImportError, RuntimeError) as error:
+            raise InputError(f"{one_line(error)} Or leave it out of report_to") from error
 
 
 def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
@@ -135,6 +145,12 @@ class AlibiTrainer(Trainer):
             for scale, parameters in sorted(by_scale.items(), key=lambda item: item[0] != 1.0):
                 optimizer.add_param_group({**group, "params": parameters, "lr": group["lr"] * scale})
         return optimizer
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # Weights that are tied to others are in no checkpoint.
+        tied = self.model.all_tied_weights_keys
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)

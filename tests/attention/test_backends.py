@@ -377,7 +377,10 @@ def test_sdpa_refuses_fewer_keys_than_causal_queries():
 
 
 def test_names_without_alibi_form_raise():
-    with pytest.raises(ValueError, match="'flash_attention_3' has no ALiBi form; supported: eager, sdpa"):
+    with pytest.raises(
+        ValueError,
+        match='"flash_attention_3"` is not supported with ALiBi; supported: eager, sdpa',
+    ):
         alibi_name("flash_attention_3")
 
 

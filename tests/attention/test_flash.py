@@ -477,7 +477,7 @@ def test_an_older_package_or_another_of_that_name_raises(monkeypatch, version, f
 )
 def test_other_forms_of_flash_attention_are_refused_by_name(calls, dispatch, family, name):
     model = hf_alibi.apply_alibi(stock_model(family))
-    with pytest.raises(ValueError, match=r"has no ALiBi form; supported: .*flash_attention_2"):
+    with pytest.raises(ValueError, match=r"is not supported with ALiBi; supported: .*flash_attention_2"):
         model.set_attn_implementation(name)
     assert model.config._attn_implementation == "sdpa"
 

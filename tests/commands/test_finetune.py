@@ -513,8 +513,11 @@ def _other_shape(folder):
         (_drop_weight, "the model 'base' lacks 1 of its weights"),
         (_other_shape, "cannot load the model 'base'"),
         (lambda folder: (folder / "config.json").unlink(), "cannot load the model 'base'"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "cannot load the model 'base'"),
-        (shutil.rmtree, "cannot load the model 'base'"),
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            "cannot load the model 'base'",
+        ),
+        (shutil.rmtree, "model_name_or_path is 'base': there is no such folder"),
     ],
 )
 def test_damaged_model_is_refused(damage, message):

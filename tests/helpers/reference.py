@@ -42,7 +42,7 @@ def attention(
     sinks: Tensor | None = None,
     sink_tokens: int = 0,
 ) -> Tensor:
-    """softmax(q k^T · scaling − slope · distance) v, head by head.
+    """softmax(q k^T · scaling − slope · |distance|) v, head by head.
 
     With a cap c, q k^T · scaling is c · tanh(q k^T · scaling / c) (Gemma 2, arXiv 2408.00118); a sink is one more logit
     of each row, whose share of the weights goes nowhere (gpt-oss). The first `sink_tokens` keys that a query sees are
@@ -54,7 +54,7 @@ def attention(
     query, key, value = query.double(), key.double(), value.double()
     group = query.shape[1] // key.shape[1]
     queries = query.shape[2]
-    distance = (position[:, -queries:, None] - position[:, None, :]).double()
+    distance = (position[:, -queries:, None] - position[:, None, :]).abs().double()
     if sink_tokens:
         for row_seen, row_distance in zip(seen.flatten(0, 1), distance.flatten(0, 1), strict=True):
             row_distance[row_seen.nonzero()[:sink_tokens, 0]] = 0.0

@@ -185,13 +185,14 @@ def test_stock_defaults_are_kept():
     for stock, alibi in ((GPT2Config, hf_alibi.AlibiGPT2Config), (LlamaConfig, hf_alibi.AlibiLlamaConfig)):
         ours, theirs = alibi().to_dict(), stock().to_dict()
         changed = {name for name in theirs if ours[name] != theirs[name]}
-        assert changed == {"model_type"}
+        assert changed == {"model_type", stock.attribute_map.get("max_position_embeddings", "max_position_embeddings")}
         assert set(ours) - set(theirs) == {
             "alibi_slopes",
             "alibi_train_length",
             "alibi_scaling",
             "alibi_tolerance",
             "alibi_sink_tokens",
+            "alibi_original_max_position_embeddings",
         }
 
 

@@ -298,7 +298,7 @@ def test_without_the_flag_no_code_is_written_or_named(exported, tmp_path):
         assert not list((tmp_path / "plain").glob("*.py"))
         assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "plain")) is type(model)
     assert loaded.config.auto_map
-    assert not hasattr(exported[0].config, "auto_map")
+    assert not exported[0].config.auto_map
 
 
 def test_saving_again_in_place_without_the_flag_names_no_code(exported):

@@ -7,7 +7,10 @@ from transformers import LlamaForCausalLM
 import hf_alibi
 from helpers.models import stock_model, tokens
 from helpers.tiny_models import stock_tiny
+from hf_alibi.attention import eager
 from hf_alibi.attention.backends import BACKENDS
+from hf_alibi.attention.inputs import visible_keys
+from hf_alibi.attention.sdpa import dense, dispatch
 from hf_alibi.errors import VerificationError
 from hf_alibi.model.anatomy import self_attentions
 
@@ -170,4 +173,12 @@ def test_finds_positions_of_a_decoder_that_counts_them_itself(backend):
     hf_alibi.verify_alibi(hf_alibi.apply_alibi(model))
     decoder.embed_positions = table
     with pytest.raises(VerificationError, match="padding before the text changes the output of BartDecoder"):
+        hf_alibi.verify_alibi(model)
+
+
+def test_a_bias_that_grows_for_keys_ahead_is_found(backend, monkeypatch):
+    model = converted("llama", backend)
+    for module in (dense, eager, dispatch):
+        monkeypatch.setattr(module, "visible_keys", lambda *args: visible_keys(*args)._replace(own=None))
+    with pytest.raises(VerificationError, match=r"has slopes \[-.*\] for keys ahead, its config says"):
         hf_alibi.verify_alibi(model)

@@ -164,7 +164,7 @@ def test_bad_source(arguments, message, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.pdf", b"x", r"a\.pdf: its extension must be one of \.txt, \.jsonl, \.json, \.parquet"),
+        ("a.pdf", b"x", r"a\.pdf: its extension must be one of \.txt, \.jsonl, \.json, \.parquet, \.csv, \.tsv"),
         ("a.txt", b"", "empty"),
         ("a.txt", b" \n ", "the training data is empty"),
         ("a.txt", b"\xff\xfe\xfa", "cannot"),

@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 from torch.nn.functional import pad
 
 from ..blocks import by_block
-from ..inputs import visible_keys, visible_range
+from ..inputs import own_keys, visible_keys, visible_range
 
 __all__ = ["BLOCK", "Runs", "runs_of", "visible_blocks"]
 
@@ -71,7 +71,7 @@ def runs_of(mask: BlockMask | Tensor | None, query: Tensor, key: Tensor) -> Runs
         sequence = torch.tensor([0, keys - 1, shift], device=query.device)[:, None].expand(-1, batch)
         return Runs(torch.zeros_like(last), last, last + 1, None, _sequence_table(sequence))
     if not isinstance(mask, BlockMask):
-        allowed, added = visible_keys(mask, query, key)
+        allowed, added, _ = visible_keys(mask, query, key)
         if added is not None or allowed.shape[1] != 1:
             raise ValueError(
                 f"flex_attention takes a bool mask ({batch}, 1, {queries}, {keys}), got {mask.dtype} "
@@ -161,7 +161,9 @@ def _checked(first: Tensor, last: Tensor, seen: Tensor, seeing: Tensor) -> Runs:
     token = seeing > 0
     position = token.cumsum(dim=-1, dtype=torch.int32) - 1
     start, end = (position.gather(-1, index.clamp(0, keys - 1).long()) for index in (first, last))
-    consecutive = none | (seen == end - start + 1)
+    filled = last.amax() + 1
+    ahead = last > own_keys(last[:, 0], filled, queries, keys)
+    consecutive = none | (seen == end - start + 1) & ~ahead
     if not torch.compiler.is_compiling():
         # What the simplest table would say, to be compared.
         query = torch.arange(queries, dtype=torch.int32, device=first.device)
@@ -172,8 +174,9 @@ def _checked(first: Tensor, last: Tensor, seen: Tensor, seeing: Tensor) -> Runs:
         right, indices_do, sequences_do = torch.stack([consecutive.all(), gapless.all(), simple.all()]).tolist()
         if not right:
             raise ValueError(
-                "flex_attention needs a mask under which each query sees consecutive tokens (causal; padding, packing "
-                f"or a window), got one that hides some in between; give such a mask, {_OTHERWISE}"
+                "flex_attention needs a mask under which each query sees consecutive tokens up to its own (causal; "
+                "padding, packing or a window), got one that hides some in between, or shows keys after a query's own; "
+                f"give such a mask, {_OTHERWISE}"
             )
         if indices_do:
             table = _sequence_table(sequence) if sequences_do else torch.stack([first, last])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..cache import CachedStates
 from ..call import AttentionCall, autocast
-from ..inputs import visible_keys
+from ..inputs import visible_keys, visible_range
 from .decoding import decode
 
 __all__ = ["attend_cached"]
@@ -36,9 +36,14 @@ def attend_cached(call: AttentionCall, attend: Callable[[AttentionCall], Tensor]
         (query,) = autocast(call.query.device, call.query)
         call = replace(call, query=query)
         if call.mask is not None:
-            seen, added = visible_keys(call.mask, query, key)
+            seen, added, own = visible_keys(call.mask, query, key)
             if added is not None:
                 raise ValueError("AlibiCache takes masks of padding only, got an additive mask")
+            if own is not None and bool((visible_range(seen)[1] > own).any()):
+                raise ValueError(
+                    "with an AlibiCache, queries after the first step may not see keys after their own; use "
+                    "transformers' DynamicCache"
+                )
         with torch.autocast(query.device.type, enabled=False):
             output, lse = _by_key_head(call, seen)
     with torch.autocast(call.query.device.type, enabled=False):

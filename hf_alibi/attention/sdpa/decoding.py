@@ -11,8 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from ...bias import alibi_bias, causal_rows
+from ...bias import causal_rows
 from ..call import AttentionCall
+from ..inputs import Visible
 from ..layer_slopes import HeadSlopes
 from .far_keys import widest_window
 
@@ -64,7 +65,7 @@ def _visible(key: Tensor, value: Tensor, allowed: Tensor) -> tuple[Tensor, Tenso
 def _bias(slopes: HeadSlopes, allowed: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:
     """The bias, -inf where a query may not see a key; broadcasts to (batch, heads, queries, keys)."""
     if allowed is not None:
-        return alibi_bias(slopes.for_queries(lambda: allowed.sum(dim=-1)), allowed, slopes.sink_tokens)
+        return slopes.bias(Visible(allowed))
     if queries > 1:
         return _bias(slopes, causal_rows(keys - queries, queries, keys, device)[None, None], queries, keys, device)
     context = torch.tensor(keys, device=device)[None, None, None]

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ...bias import alibi_bias
-from ..blocks import dense_rows, in_blocks
+from ..blocks import dense_rows, in_blocks, is_exported
 from ..call import AttentionCall
 from ..inputs import visible_keys
 
@@ -18,16 +17,16 @@ __all__ = ["dense_attention"]
 
 def dense_attention(call: AttentionCall) -> Tensor:
     """Attention under any mask; returns (batch, heads, queries, head_dim), zeros for a query that sees nothing."""
-    allowed, added = visible_keys(call.mask, call.query, call.key)
+    visible = visible_keys(call.mask, call.query, call.key)
 
     def attend(query: Tensor, first: int) -> Tensor:
-        rows = slice(first, first + query.shape[2])
-        seen = allowed[:, :, rows]
-        bias = alibi_bias(call.slopes.for_queries(lambda: seen.sum(dim=-1)), seen, call.slopes.sink_tokens)
-        return _with_bias(call, query, bias if added is None else bias + added[:, :, rows])
+        seen = visible.part(slice(None), slice(first, first + query.shape[2]))
+        bias = call.slopes.bias(seen)
+        return _with_bias(call, query, bias if seen.added is None else bias + seen.added)
 
     # A graph with a fixed number of queries a block would be a new graph for every length.
-    rows = call.query.shape[2] if torch.compiler.is_compiling() else dense_rows(call.query, call.key)
+    is_graph = torch.compiler.is_compiling() or is_exported()
+    rows = call.query.shape[2] if is_graph else dense_rows(call.query, call.key)
     return in_blocks(attend, call.query, rows, keep_rng=call.dropout > 0)
 
 
@@ -38,9 +37,12 @@ def _with_bias(call: AttentionCall, query: Tensor, bias: Tensor) -> Tensor:
     if query.device.type != "cpu" or query.dtype == torch.float64:
         # The CPU kernels take a float32 mask beside half-type queries, which keeps the bias exact.
         bias = bias.to(query.dtype)
-    if torch.compiler.is_exporting():
+    if is_exported():
+        # Elsewhere a row of nothing but -inf, of a query that sees nothing, may give NaN, and from there on everything.
+        bias = bias.clamp(min=torch.finfo(bias.dtype).min / 2)
         # Joined with rows, as below, heads would restrict the lengths that the exported program takes.
-        return scaled_dot_product_attention(query, key, value, bias, **options, enable_gqa=call.groups != 1)
+        key, value = (x.repeat_interleave(call.groups, dim=1) if call.groups > 1 else x for x in (key, value))
+        return scaled_dot_product_attention(query, key, value, bias, **options)
     # The queries of a group become rows of their common key head, so that keys and values are not repeated.
     grouped = (key.shape[1], -1)
     rows, bias = (x.unflatten(1, grouped).flatten(2, 3) for x in (query, bias))

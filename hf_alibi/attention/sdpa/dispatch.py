@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..blocks import is_exported, under_torch_func
 from ..cache import CachedStates
 from ..call import AttentionCall, autocast, resolve
 from ..eager import eager_alibi_attention
@@ -78,9 +79,9 @@ def _by_path(call: AttentionCall) -> Tensor:
         call = replace(call, key=key, value=value)
     if _can_skip(call):
         if queries == 1 and key.shape[2] >= _DECODE_KEYS and query.dtype.itemsize >= 4:
-            allowed, added = visible_keys(call.mask, query, key)
-            if added is None:
-                return decode(call, None if call.mask is None else allowed)[0]
+            visible = visible_keys(call.mask, query, key)
+            if visible.added is None:
+                return decode(call, None if call.mask is None else visible.allowed)[0]
         elif queries > 1 and call.slopes.dynamic is None:
             output = _windowed(call)
             if output is not None:
@@ -89,14 +90,15 @@ def _by_path(call: AttentionCall) -> Tensor:
 
 
 def _can_skip(call: AttentionCall) -> bool:
-    """Whether keys may be left out by their values: on the CPU, run and not traced, without dropout."""
+    """Whether keys may be left out by their values: on the CPU, run and not traced or transformed, without dropout."""
     return (
         call.query.device.type == "cpu"
         and call.value.shape[-1] == call.query.shape[-1]
         and not call.dropout
         and cpu_kernel.is_available()
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        and not is_exported()
+        and not under_torch_func()
     )
 
 
@@ -105,8 +107,8 @@ def _windowed(call: AttentionCall) -> Tensor | None:
     others: list[OtherQueries] = []
     segments = [Segment.causal(call.query.shape[2], call.key.shape[2])]
     if call.mask is not None:
-        allowed, added = visible_keys(call.mask, call.query, call.key)
-        found = segments_of(allowed) if added is None else None
+        visible = visible_keys(call.mask, call.query, call.key)
+        found = segments_of(visible.allowed, visible.own) if visible.added is None else None
         if found is None:
             return None
         segments, others = found
@@ -120,7 +122,7 @@ def _windowed(call: AttentionCall) -> Tensor | None:
                 query=call.query[other.batch, :, other.queries],
                 key=call.key[other.batch],
                 value=call.value[other.batch],
-                mask=allowed[other.batch, :, other.queries],
+                mask=visible.part(other.batch, other.queries),
             )
         )
     return output

@@ -62,46 +62,48 @@ class OtherQueries:
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def segments_of(allowed: Tensor) -> tuple[list[Segment], list[OtherQueries]] | None:
+def segments_of(allowed: Tensor, own: Tensor | None = None) -> tuple[list[Segment], list[OtherQueries]] | None:
     """Segments of a mask, and the queries that are in none but see something; None if segments would not pay.
 
     Args:
         allowed: bool (batch, heads or 1, queries, keys), True where a query may see a key.
+        own: see `Visible`.
 
     Queries that see nothing are in neither list. Every entry of the mask is checked.
     """
     if allowed.shape[1] > 1 and allowed.stride(1):
         return None
     if allowed.is_inference():  # has no version to tell whether it was changed since
-        return _find(allowed[:, 0])
+        return _find(allowed[:, 0], own)
     if allowed not in _known or _known[allowed][0] != allowed._version:
-        _known[allowed] = allowed._version, _find(allowed[:, 0])
+        _known[allowed] = allowed._version, _find(allowed[:, 0], own)
     found: tuple[list[Segment], list[OtherQueries]] | None = _known[allowed][1]
     return found
 
 
-def _find(allowed: Tensor) -> tuple[list[Segment], list[OtherQueries]] | None:
+def _find(allowed: Tensor, own: Tensor | None) -> tuple[list[Segment], list[OtherQueries]] | None:
     segments: list[Segment] = []
     others: list[OtherQueries] = []
-    queries = allowed.shape[1]
+    queries, keys = allowed.shape[1:]
     for index, rows in enumerate(allowed):
         # A single mask is that of all sequences.
         batch = slice(index, index + 1) if len(allowed) > 1 else slice(None)
-        parts = [visible_range(part) for part in rows.split(max(1, _ENTRIES // rows.shape[1]))]
+        parts = [visible_range(part) for part in rows.split(max(1, _ENTRIES // keys))]
         first, last, seen = (torch.cat(values) for values in zip(*parts, strict=True))
         # A new segment starts where the first key changes, or the last is not the next one.
         row = torch.arange(queries)
         lag = last - row
-        # Nothing, a run of keys, something else.
-        kind = torch.where(seen == 0, 0, torch.where(last - first + 1 == seen, 1, 2))
+        # Nothing, a run of keys up to its own, something else.
+        is_run = (last - first + 1 == seen) & (last <= (keys - 1 if own is None else own))
+        kind = torch.where(seen == 0, 0, torch.where(is_run, 1, 2))
         state = torch.stack([kind, torch.where(kind == 1, first, 0), torch.where(kind == 1, lag, 0)])
         _, counts = torch.unique_consecutive(state, dim=1, return_counts=True)
         begin = 0
         for count in counts.tolist():
             run = slice(begin, begin + count)
             if kind[begin] == 1 and count >= _SHORT:
-                keys = slice(int(first[begin]), int(last[begin + count - 1]) + 1)
-                segments.append(Segment(batch, run, keys))
+                read = slice(int(first[begin]), int(last[begin + count - 1]) + 1)
+                segments.append(Segment(batch, run, read))
             elif kind[begin]:
                 if others and others[-1].batch == batch and others[-1].queries.stop == begin:
                     others[-1] = OtherQueries(batch, slice(others[-1].queries.start, begin + count))

@@ -1,4 +1,4 @@
-"""PEFT's default targets for ALiBi model types: those of the type that was converted."""
+"""Tables by model type, of other packages, in which a converted model is what it was converted from."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from types import ModuleType
 
 from .after_import import after_import
 
-__all__ = ["register_peft_targets"]
+__all__ = ["register_type_tables"]
 
-# Modules of PEFT and how the names of their tables by model type begin: what a method adapts, and what became of the
-# names that experts had in transformers 4.
+# Modules and how the names of their tables begin: what a method of PEFT adapts, what became of the names that experts
+# had in transformers 4, and the activations that AWQ scales.
 _TABLES = {
     "peft.utils.constants": "TRANSFORMERS_MODELS_TO_",
     "peft.utils.transformers_weight_conversion": "_MODEL_TO_CONVERSION_PATTERN",
+    "transformers.integrations.awq": "AWQ_SCALES_MAPPINGS",
 }
 
 
-def register_peft_targets() -> None:
-    """Make PEFT know `alibi_<type>` wherever it knows `<type>`, once it is imported; an entry of the user's stays."""
+def register_type_tables() -> None:
+    """Let each table know `alibi_<type>` wherever it knows `<type>`, once it is imported; a row of the user's stays."""
     for module in _TABLES:
         after_import(module, _write)
 
