@@ -1,8 +1,10 @@
 # Sourced by demo.sh and test.sh: goes to the project's root and makes .venv ready, once for each set of requirements.
-# With TRANSFORMERS=5.12 in the environment, the same in an environment of its own with that version of transformers.
+# With TRANSFORMERS=5.12 in the environment, the same in an environment of its own with that version of transformers;
+# with GROUP=tools, in one that also has the packages of tests/tools/requirements.txt.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-venv=.venv${TRANSFORMERS:+-transformers-$TRANSFORMERS}
-stamp=$venv/.installed-$(cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+venv=.venv${TRANSFORMERS:+-transformers-$TRANSFORMERS}${GROUP:+-$GROUP}
+group=${GROUP:+tests/$GROUP/requirements.txt}
+stamp=$venv/.installed-$(cat pyproject.toml constraints.txt $group | cksum | cut -d' ' -f1)
 if [ ! -e "$stamp" ]; then
     python=${PYTHON:-python3}
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
@@ -17,7 +19,8 @@ if [ ! -e "$stamp" ]; then
         echo "transformers==$TRANSFORMERS" >> "$venv/constraints.txt"
     fi
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-        --constraint "${TRANSFORMERS:+$venv/}constraints.txt" --editable '.[dev,gguf]'
+        --constraint "${TRANSFORMERS:+$venv/}constraints.txt" --editable '.[dev,gguf]' \
+        ${group:+--requirement "$group"}
     touch "$stamp"
 fi
 . "$venv/bin/activate"

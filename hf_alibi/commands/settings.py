@@ -26,6 +26,10 @@ _NOT_SAVED = frozenset(
 _OF_THE_CPU = frozenset({"use_cpu", "dataloader_pin_memory"})
 
 
+# Fields whose parser takes no word for true.
+_BARE = frozenset({"fsdp"})
+
+
 class _Parser(HfArgumentParser):
     """The parser of transformers, raising where argparse would print its usage and leave the process."""
 
@@ -150,6 +154,8 @@ def _as_words(name: str, value: Any) -> list[str]:
         if not value:
             raise InputError(f"{name}: [] is empty; give at least one value, or null for the default")
         return [f"--{name}", *map(_as_text, value)]
+    if name in _BARE and value is True:
+        return [f"--{name}"]
     # With "=" a negative number such as -1e-4 is not taken for an option.
     return [f"--{name}={_as_text(value)}"]
 

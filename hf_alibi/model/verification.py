@@ -93,7 +93,7 @@ def verify_alibi(model: PreTrainedModel) -> LayerReports:
         errors = dict.fromkeys(layers, 0.0)
         for mask in (plain, padded):
             with _recorded_calls() as calls:
-                _hidden_states(model, mask)
+                _outputs(model, mask)
             for name, layer in layers.items():
                 if layer not in calls:
                     raise VerificationError(f"layer {name} never called an ALiBi attention: it runs without the bias")
@@ -147,10 +147,20 @@ def _inputs(model: PreTrainedModel, shape: tuple[int, ...]) -> dict[str, Tensor]
     return {name: value.to(input_device(model)) for name, value in inputs.items()}
 
 
-def _hidden_states(model: PreTrainedModel, mask: Tensor, **kwargs: Any) -> Tensor:
+def _outputs(model: PreTrainedModel, mask: Tensor, **kwargs: Any) -> Tensor:
+    """Hidden states of the text decoder; under FSDP2 logits, since the hooks of the whole model gather its weights."""
     inputs = _inputs(model, tuple(mask.shape))
-    hidden_states: Tensor = text_decoder(model)(**inputs, attention_mask=mask, use_cache=False, **kwargs)[0]
-    return hidden_states
+    called = model if _is_fully_sharded(model) else text_decoder(model)
+    outputs: Tensor = called(**inputs, attention_mask=mask, use_cache=False, **kwargs)[0]
+    return outputs
+
+
+def _is_fully_sharded(model: PreTrainedModel) -> bool:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def _expected_slopes(layer: nn.Module, call: _Call, context: Tensor) -> Tensor:
@@ -258,8 +268,8 @@ def _check_positions(model: PreTrainedModel, mask: Tensor) -> None:
     elif not scales_by_position(decoder.config):
         # Reversed, not shifted: rotary positions cannot tell a shift, and a table may have no more rows.
         reverse = torch.arange(mask.shape[1], device=mask.device).flip(0).expand(mask.shape)
-        default = _hidden_states(model, mask)
-        changed = (_hidden_states(model, mask, position_ids=reverse) - default).abs().max().item()
+        default = _outputs(model, mask)
+        changed = (_outputs(model, mask, position_ids=reverse) - default).abs().max().item()
         if not changed <= 8 * torch.finfo(default.dtype).eps * default.abs().max().item():
             raise VerificationError(
                 f"position ids change the output of {type(decoder).__name__} by {changed:.2e}: "

@@ -56,6 +56,9 @@ def make_trainer(
             parameter.requires_grad_(False)
     training.logging_nan_inf_filter = False  # it would hide what AlibiTrainer looks for
     training.include_num_input_tokens_seen = "all"
+    if training.world_size > 1:
+        # Processes fill their last batches up with blocks that were there before; single ones are taken out again.
+        training.per_device_eval_batch_size = 1
     if training.device.type == "cpu":
         training.dataloader_pin_memory = False  # memory is pinned for a GPU; without one torch warns
     trainer = AlibiTrainer(
