@@ -27,7 +27,7 @@ from ..errors import InputError, one_line
 from ..evaluation.memory import peak_bytes
 from ..evaluation.perplexity import window_losses
 from ..evaluation.protocol import Window
-from ..model.anatomy import is_alibi, self_attentions
+from ..model.anatomy import is_alibi, text_decoder
 from ..model.loading import load_complete
 from ..model.patching import apply_alibi
 from ..training.data import load_tokenizer, load_tokens
@@ -253,7 +253,7 @@ def activation_cases(args: BenchmarkArguments, device: torch.device) -> Iterator
     what = "converted here, untrained" if converted else "ALiBi checkpoint"
 
     def measure(length: int, stopwatch: Stopwatch) -> list[Row]:
-        names = {module: name for name, module in self_attentions(model)}
+        names = {module: name for name, module in text_decoder(model).self_attentions}
         rows: list[Row] = []
 
         def visit(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> None:

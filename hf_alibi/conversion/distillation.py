@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-from ..model.anatomy import is_alibi, self_attentions, text_decoder
+from ..model.anatomy import is_alibi, text_decoder
 from ..utils import evaluation_mode, input_device, progress_bar
 
 __all__ = ["FitSettings", "LayerFit", "check_distillation", "distill_layers"]
@@ -189,7 +189,7 @@ def _attention_parameters(model: PreTrainedModel, layer: nn.Module) -> list[nn.P
     inside = {id(module) for module in layer.modules()}
     return [
         parameter
-        for _, attention in self_attentions(model)
+        for _, attention in text_decoder(model).self_attentions
         if id(attention) in inside
         for parameter in attention.parameters()
         if parameter.requires_grad
@@ -198,8 +198,9 @@ def _attention_parameters(model: PreTrainedModel, layer: nn.Module) -> list[nn.P
 
 def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The list of layers in which all self-attention of the text decoder is."""
-    attentions = {id(attention) for _, attention in self_attentions(model)}
-    for module in text_decoder(model).modules():
+    decoder = text_decoder(model)
+    attentions = {id(attention) for _, attention in decoder.self_attentions}
+    for module in decoder.module.modules():
         if isinstance(module, nn.ModuleList) and attentions <= {id(part) for part in module.modules()}:
             return module
     raise ValueError(
@@ -283,7 +284,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _run(model: PreTrainedModel, batch: Tensor) -> None:
-    text_decoder(model)(input_ids=batch.to(input_device(model)), use_cache=False)
+    text_decoder(model).module(input_ids=batch.to(input_device(model)), use_cache=False)
 
 
 def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..model.anatomy import is_alibi, self_attentions
+from ..model.anatomy import is_alibi, text_decoder
 from ..slopes import alibi_slopes
 from ..utils import evaluation_mode
 from .heads import head_counts, head_parameters, permute_heads
@@ -37,7 +37,7 @@ def match_heads(model: PreTrainedModel, input_ids: Tensor) -> list[list[int]]:
         raise ValueError(
             "match_heads reads how far the heads of the unconverted model look; call it before apply_alibi"
         )
-    layers = [layer for _, layer in self_attentions(model)]
+    layers = [layer for _, layer in text_decoder(model).self_attentions]
     for layer in layers:
         head_parameters(layer)
     orders = [

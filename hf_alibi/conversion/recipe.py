@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..model.anatomy import position_limit
+from ..model.anatomy import text_decoder
 from ..model.patching import apply_alibi, checked_config
 from ..utils import input_device
 from .distillation import FitSettings, check_distillation, distill_layers
@@ -40,9 +40,9 @@ def convert_model(
     """
     checked_config(model, sink_tokens=recipe.sink_tokens)
     # The unconverted model reads this text, so no more of a block than it has positions for.
+    limit = text_decoder(model).limit
     matched, distilled = (
-        _first(blocks, getattr(recipe, name), name)[:, : position_limit(model)]
-        for name in ("match_tokens", "distill_tokens")
+        _first(blocks, getattr(recipe, name), name)[:, :limit] for name in ("match_tokens", "distill_tokens")
     )
     batch_size = recipe.distill_batch_size
     done: dict[str, Any] = {}

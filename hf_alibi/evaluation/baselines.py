@@ -15,7 +15,7 @@ from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..errors import InputError
-from ..model.anatomy import has_no_positions, is_alibi, is_rotary, position_limit, position_modules, self_attentions
+from ..model.anatomy import has_no_positions, is_alibi, is_rotary, text_decoder
 from ..model.own_attention import is_own_attention
 from .sliding_window import sliding_window_attention
 
@@ -69,7 +69,7 @@ class RopeScaling(Baseline):
 
     def fits(self, model: PreTrainedModel) -> bool:
         """Unconverted, with rotary positions."""
-        return not is_alibi(model.config) and any(is_rotary(module) for _, _, module in position_modules(model))
+        return not is_alibi(model.config) and any(is_rotary(module) for _, _, module in text_decoder(model).positions)
 
     def obstacle(self, model: PreTrainedModel, lengths: Lengths) -> str | None:
         """Within reach already, or with rotations that are scaled or differ from layer to layer."""
@@ -112,13 +112,14 @@ class SlidingWindow(Baseline):
     def obstacle(self, model: PreTrainedModel, lengths: Lengths) -> str | None:
         """Layers that this attention cannot stand in for, or nothing to leave out."""
         config: Any = model.config.get_text_config()
-        layers = [layer for _, layer in self_attentions(model)]
+        decoder = text_decoder(model)
+        layers = [layer for _, layer in decoder.self_attentions]
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         if len(layers) != config.num_hidden_layers or any(map(is_own_attention, layers)) or kinds != {"full_attention"}:
             return "not all of its layers are full attention by transformers' attention functions"
         if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
             return f"it has a window of its own, of {config.sliding_window} tokens"
-        limit = position_limit(model)
+        limit = decoder.limit
         if limit is not None and limit <= lengths.train_length:
             return f"its table of positions ends at {limit} tokens"
         return None if lengths.longest > lengths.train_length else "no length is beyond the training length"

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..errors import InputError, one_line
-from ..model.anatomy import has_no_positions, is_alibi, position_limit
+from ..model.anatomy import has_no_positions, is_alibi, text_decoder
 from ..model.loading import check_safetensors, why_not_loaded
 from ..utils import METRICS_FILE
 from .baselines import ChosenBaselines
@@ -43,7 +43,7 @@ class CheckedModel:
     @property
     def position_limit(self) -> int | None:
         """See `anatomy.position_limit`."""
-        return position_limit(self.shell)
+        return text_decoder(self.shell).limit
 
     @property
     def parameters(self) -> int:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..errors import InputError
-from ..model.anatomy import position_limit
+from ..model.anatomy import text_decoder
 from ..utils import evaluation_mode, input_device, progress_bar
 from . import memory
 from .memory import check_memory
@@ -139,7 +139,7 @@ def evaluate_extrapolation(
     protocol = Protocol(sorted(lengths), train_length, scored_tokens, stride)
     _check_model_and_tokens(model, tokens, name)
     protocol.check(len(tokens))
-    limit = position_limit(model)
+    limit = text_decoder(model).limit
     plan = {
         (kind, length): windows
         for length in protocol.lengths

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..attention.backends import alibi_name
 from ..configuration import Converted, text_config
-from .anatomy import is_rotary, position_modules, self_attentions, text_decoder
+from .anatomy import TextDecoder, is_rotary
 from .compat import record_outputs_by_class
 from .families import counts_other_layers, refusal, stock_type
 from .own_attention import convert_own_attention
@@ -58,9 +58,9 @@ def check_family(config: Any) -> None:
         raise ValueError(f"no ALiBi for model_type {stock_type(config)!r}: {reason}; see hf_alibi.supported_families()")
 
 
-def check_attention(model: PreTrainedModel) -> None:
+def check_attention(model: PreTrainedModel, decoder: TextDecoder) -> None:
     """Raise ValueError for a model in which ALiBi finds no self-attention, or less than its config says there is."""
-    found, expected = sum(1 for _ in self_attentions(model)), _attention_layers(model)
+    found, expected = len(decoder.self_attentions), _attention_layers(decoder.config)
     if not found:
         raise ValueError(f"{type(model).__name__} has no causal self-attention that ALiBi could be added to")
     if found < expected:
@@ -71,9 +71,8 @@ def check_attention(model: PreTrainedModel) -> None:
         )
 
 
-def _attention_layers(model: PreTrainedModel) -> int:
-    """How many layers of the text decoder have self-attention, by its config."""
-    config: Any = getattr(text_decoder(model), "config", None) or text_config(model.config)
+def _attention_layers(config: Any) -> int:
+    """How many layers of a text decoder have self-attention, by its config."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
         return sum(kind == "hybrid" or ("attention" in kind and "linear" not in kind) for kind in kinds)
@@ -85,12 +84,15 @@ def _attention_layers(model: PreTrainedModel) -> int:
 
 
 def install_alibi(
-    model: PreTrainedModel, model_class: Callable[[type[PreTrainedModel]], type[PreTrainedModel] | None]
+    model: PreTrainedModel,
+    decoder: TextDecoder,
+    model_class: Callable[[type[PreTrainedModel]], type[PreTrainedModel] | None],
 ) -> None:
     """Turn `model`, whose config is already the ALiBi one, and the models inside it into their ALiBi form, in place.
 
     Args:
         model: freshly built, or unconverted with its config replaced.
+        decoder: its text decoder.
         model_class: gives the ALiBi form of a class of transformers, None if there is none.
 
     Installing twice changes nothing, so a model may be built of parts that did it already.
@@ -106,7 +108,7 @@ def install_alibi(
             # What transformers falls back to, but with a warning on the way that torch.compile cannot trace.
             part.loss_type = "ForCausalLM"
     ignored = set()
-    for parent, name, positions in list(position_modules(model)):
+    for parent, name, positions in decoder.positions:
         if not isinstance(positions, (NoPositions, NoRotation)):
             stand_in = NoRotation(positions) if is_rotary(positions) else NoPositions()
             positions = stand_in.train(positions.training)
@@ -121,8 +123,8 @@ def install_alibi(
     # A set, or before transformers 5.18 a list.
     model._keys_to_ignore_on_load_unexpected = merged if isinstance(known, set) else sorted(merged)
     alibi = text_config(model.config)
-    own = getattr(text_decoder(model), "config", alibi)
-    for _, attention in self_attentions(model):
+    own = getattr(decoder.module, "config", alibi)
+    for _, attention in decoder.self_attentions:
         convert_own_attention(attention)
         config = vars(attention).get("config", own)
         if not isinstance(config, LayerConfig):

@@ -23,7 +23,7 @@ from ..configuration import (
     original_limit,
     text_config,
 )
-from .anatomy import self_attentions
+from .anatomy import text_decoder
 from .code_export import saving_code
 from .families import stock_type
 from .installation import check_attention, check_family, install_alibi
@@ -73,8 +73,9 @@ class AlibiModel:
         finally:
             if flex:
                 config._attn_implementation = "flex_attention"
-        check_attention(self)
-        install_alibi(self, model_class)
+        decoder = text_decoder(self)
+        check_attention(self, decoder)
+        install_alibi(self, decoder, model_class)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As any model's. Raises ValueError if a cache does not fit: see the messages."""
@@ -116,7 +117,7 @@ class AlibiModel:
                 "continuous batching of ALiBi models works with attn_implementation 'sdpa' and 'eager', this model has "
                 f"{name!r}; call model.set_attn_implementation('sdpa') first"
             )
-        own = any(is_own_attention(layer) for _, layer in self_attentions(self))
+        own = any(is_own_attention(layer) for _, layer in text_decoder(self).self_attentions)
         if own or stock_type(text_config(self.config)) in WITHOUT_PAGED_CACHE:
             raise ValueError(
                 f"{type(self).__name__} has no continuous batching: its attention layers do not use the paged cache "

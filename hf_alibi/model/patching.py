@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention.backends import check_backend
 from ..configuration import alibi_config, check_sink_tokens, check_slopes, name_until_saved, num_heads, text_config
-from .anatomy import is_alibi
+from .anatomy import TextDecoder, is_alibi, text_decoder
 from .families import is_listed
 from .installation import check_attention, check_family, install_alibi, undone_on_error
 from .modeling import model_class
@@ -50,12 +50,13 @@ def apply_alibi(model: Model, *, slopes: Sequence[float] | None = None, sink_tok
             f"apply_alibi takes a transformers PreTrainedModel, got {type(model).__name__}; {_remedy(model)}"
         )
     stock: Any = model.config
-    config = checked_config(model, slopes=slopes, sink_tokens=sink_tokens)
+    decoder = text_decoder(model)
+    config = checked_config(model, slopes=slopes, sink_tokens=sink_tokens, decoder=decoder)
     with undone_on_error(model):
         _replace_configs(model, {id(stock): config, id(text_config(stock)): text_config(config)})
         for named in (model, config):
             named.name_or_path = name_until_saved(stock)
-        install_alibi(model, model_class)
+        install_alibi(model, decoder, model_class)
         if not is_listed(stock.model_type) or any(getattr(part, "alibi_stock_class", None) for part in model.modules()):
             _prove(model, stock.model_type)
     _say_once(type(model).__name__)
@@ -97,8 +98,17 @@ def _prove(model: PreTrainedModel, model_type: str) -> None:
         raise ValueError(f"no ALiBi for model_type {model_type!r}: {why}, and trying it gave: {error}") from error
 
 
-def checked_config(model: PreTrainedModel, *, slopes: Sequence[float] | None = None, sink_tokens: int = 0) -> Any:
-    """The config that `apply_alibi` gives `model`; raises what it does, as far as nothing has to be changed for it."""
+def checked_config(
+    model: PreTrainedModel,
+    *,
+    slopes: Sequence[float] | None = None,
+    sink_tokens: int = 0,
+    decoder: TextDecoder | None = None,
+) -> Any:
+    """The config that `apply_alibi` gives `model`; raises what it does, as far as nothing has to be changed for it.
+
+    `decoder` is the text decoder, if it is known already.
+    """
     check_sink_tokens(sink_tokens)
     stock: Any = model.config
     if is_alibi(stock):
@@ -108,7 +118,7 @@ def checked_config(model: PreTrainedModel, *, slopes: Sequence[float] | None = N
         raise ValueError(
             f"no ALiBi form of {type(model).__module__}.{type(model).__name__}: it is not a model of its own"
         )
-    check_attention(model)
+    check_attention(model, decoder or text_decoder(model))
     check_backend(text_config(stock)._attn_implementation, sink_tokens)
     given = None if slopes is None else [float(slope) for slope in slopes]
     check_slopes(given, num_heads(text_config(stock)))

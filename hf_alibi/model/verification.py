@@ -19,7 +19,7 @@ from ..attention.layer_slopes import head_slopes
 from ..configuration import text_config
 from ..errors import VerificationError
 from ..utils import evaluation_mode, input_device
-from .anatomy import is_alibi, self_attentions, text_decoder
+from .anatomy import is_alibi, text_decoder
 from .families import scales_by_position
 
 __all__ = ["LayerReport", "LayerReports", "verify_alibi"]
@@ -82,7 +82,7 @@ def verify_alibi(model: PreTrainedModel) -> LayerReports:
     """
     if not is_alibi(model.config):
         raise ValueError(f"{type(model).__name__} has no ALiBi; convert it with hf_alibi.apply_alibi(model)")
-    layers = dict(self_attentions(model))
+    layers = dict(text_decoder(model).self_attentions)
     if not layers:
         raise VerificationError(f"{type(model).__name__} has no self-attention layer that ALiBi knows")
     length = _length(model)
@@ -134,7 +134,7 @@ def _length(model: PreTrainedModel) -> int:
 
 def _inputs(model: PreTrainedModel, shape: tuple[int, ...]) -> dict[str, Tensor]:
     """Random inputs (batch, tokens) for the text decoder, the same at every call."""
-    decoder: Any = text_decoder(model)
+    decoder: Any = text_decoder(model).module
     # Of its own generator, so that the user's random state is not moved.
     generator = torch.Generator().manual_seed(0)
     vocabulary = getattr(decoder.get_input_embeddings(), "num_embeddings", None)
@@ -150,7 +150,7 @@ def _inputs(model: PreTrainedModel, shape: tuple[int, ...]) -> dict[str, Tensor]
 def _outputs(model: PreTrainedModel, mask: Tensor, **kwargs: Any) -> Tensor:
     """Hidden states of the text decoder; under FSDP2 logits, since the hooks of the whole model gather its weights."""
     inputs = _inputs(model, tuple(mask.shape))
-    called = model if _is_fully_sharded(model) else text_decoder(model)
+    called = model if _is_fully_sharded(model) else text_decoder(model).module
     outputs: Tensor = called(**inputs, attention_mask=mask, use_cache=False, **kwargs)[0]
     return outputs
 
@@ -262,7 +262,7 @@ def _cost(
 
 
 def _check_positions(model: PreTrainedModel, mask: Tensor) -> None:
-    decoder: Any = text_decoder(model)
+    decoder: Any = text_decoder(model).module
     if "position_ids" not in inspect.signature(decoder.forward).parameters:
         _check_padding(model)
     elif not scales_by_position(decoder.config):
@@ -279,7 +279,7 @@ def _check_positions(model: PreTrainedModel, mask: Tensor) -> None:
 
 def _check_padding(model: PreTrainedModel) -> None:
     """For a decoder that counts positions itself: padding before the text must change nothing."""
-    decoder: Any = text_decoder(model)
+    decoder: Any = text_decoder(model).module
     length = _length(model)
     inputs = _inputs(model, (2, length))
     alone = decoder(**inputs, use_cache=False)[0]

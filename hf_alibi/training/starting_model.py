@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from ..configuration import text_config
 from ..conversion.settings import ConversionArguments
 from ..errors import InputError, one_line
-from ..model.anatomy import has_no_positions, is_alibi, position_limit
+from ..model.anatomy import has_no_positions, is_alibi, text_decoder
 from ..model.loading import check_source, load_complete
 from .data import TokenSplit
 from .settings import FinetuneArguments
@@ -68,7 +68,7 @@ def load_teacher(args: FinetuneArguments, model: PreTrainedModel) -> PreTrainedM
             f"the teacher {source!r} predicts {predicted} tokens and the model {learned}; give a teacher with the "
             "model's own vocabulary"
         )
-    limit = position_limit(teacher)
+    limit = text_decoder(teacher).limit
     if limit is not None and args.block_size > limit:
         raise InputError(
             f"block_size {args.block_size} is beyond the {limit} learned positions of the teacher {source!r}; "
@@ -90,7 +90,7 @@ def check_vocabulary(model: PreTrainedModel, tokens: TokenSplit) -> None:
 
 def check_length(model: PreTrainedModel, args: FinetuneArguments) -> None:
     """Raise InputError if blocks are longer than the model's table of positions."""
-    limit = position_limit(model)
+    limit = text_decoder(model).limit
     if limit is not None and args.block_size > limit:
         raise InputError(
             f"block_size {args.block_size} is beyond the model's {limit} learned positions; "

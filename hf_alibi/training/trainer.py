@@ -20,7 +20,7 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..errors import InputError, one_line
-from ..model.anatomy import self_attentions
+from ..model.anatomy import text_decoder
 from .data import TokenBlocks
 
 __all__ = ["RateScales", "check_reporters", "check_weights", "divergence", "make_trainer", "next_token_loss"]
@@ -165,7 +165,7 @@ class AlibiTrainer(Trainer):
 def _scale_by_weight(model: PreTrainedModel, rate_scales: RateScales) -> dict[nn.Parameter, float]:
     """The rate scale of each weight."""
     scales = dict.fromkeys(model.parameters(), rate_scales.mlp)
-    for _, layer in self_attentions(model):
+    for _, layer in text_decoder(model).self_attentions:
         scales |= dict.fromkeys(layer.parameters(), 1.0)
     for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
         if embeddings is not None:

@@ -44,7 +44,7 @@ from hf_alibi.attention.sdpa.segments import Segment
 from hf_alibi.bias import alibi_bias, distances
 from hf_alibi.configuration import AlibiGPT2Config, AlibiLlamaConfig, text_config
 from hf_alibi.errors import VerificationError
-from hf_alibi.model.anatomy import self_attentions
+from hf_alibi.model.anatomy import text_decoder
 
 # Largest error for values of size 1 in float32; without sinks outputs differ by 0.1 and more.
 EXACT = 5e-6
@@ -891,4 +891,4 @@ def test_verify_measures_the_bias_of_sinks_where_outputs_cannot_show_it(said, do
 
 def test_every_layer_reads_the_field(family):
     model = alibi_model(family, 2)
-    assert {module.config.alibi_sink_tokens for _, module in self_attentions(model)} == {2}
+    assert {module.config.alibi_sink_tokens for _, module in text_decoder(model).self_attentions} == {2}

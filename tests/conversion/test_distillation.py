@@ -9,7 +9,7 @@ import hf_alibi
 from helpers.models import stock_model, tokens
 from helpers.tiny_models import stock_tiny
 from hf_alibi.conversion.distillation import FitSettings, check_distillation, distill_layers
-from hf_alibi.model.anatomy import self_attentions
+from hf_alibi.model.anatomy import text_decoder
 
 FIT = {"epochs": 4, "learning_rate": 5e-3, "batch_size": 4}
 BLOCKS = 160
@@ -104,7 +104,7 @@ def test_other_families(model_type, input_ids):
     model, teacher = pair(stock_tiny(model_type))
     fits = distill_layers(model, teacher, input_ids, FitSettings(**FIT))
     assert all(fit.after < fit.before for fit in fits)
-    assert len(fits) == len(list(self_attentions(model)))
+    assert len(fits) == len(list(text_decoder(model).self_attentions))
     hf_alibi.verify_alibi(model)
 
 

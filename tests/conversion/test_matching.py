@@ -10,7 +10,7 @@ from helpers.models import stock_model, tokens
 from helpers.tiny_models import FIRST_TOKEN, VOCABULARY, stock_tiny
 from hf_alibi.conversion.heads import head_counts, permute_heads
 from hf_alibi.conversion.matching import head_reaches, match_heads, matching_order
-from hf_alibi.model.anatomy import self_attentions
+from hf_alibi.model.anatomy import text_decoder
 
 # GPT-2, grouped heads, all heads with keys of their own, norms of queries and keys (of one head, and of all together),
 # biases, sinks.
@@ -49,7 +49,7 @@ def test_any_order_that_keeps_groups_leaves_the_logits(model):
     input_ids = text(2, 30)
     before = logits(model, input_ids)
     weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    for _, layer in self_attentions(model):
+    for _, layer in text_decoder(model).self_attentions:
         heads, key_heads = head_counts(layer)
         group = heads // key_heads
         order = [g * group + h for g in reversed(range(key_heads)) for h in [*range(1, group), 0]]
@@ -142,7 +142,7 @@ def test_what_cannot_be_reordered_is_refused():
     with pytest.raises(ValueError, match=r"heads of DeepseekV3Attention cannot be reordered.* kv_a_proj"):
         match_heads(model, text(1, 20))
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
-    layer = next(layer for _, layer in self_attentions(stock_model("llama")))
+    layer = next(layer for _, layer in text_decoder(stock_model("llama")).self_attentions)
     with pytest.raises(ValueError, match="tears apart"):
         permute_heads(layer, [0, 2, 1, 3])
     with pytest.raises(ValueError, match="each of 4 heads once"):

@@ -20,7 +20,7 @@ from helpers.composites import MODELS, TEXT, VISION, built
 from helpers.models import snapshot
 from helpers.tiny_models import make_sensitive, tiny_config
 from hf_alibi.configuration import text_config
-from hf_alibi.model.anatomy import position_modules, self_attentions, text_decoder
+from hf_alibi.model.anatomy import text_decoder
 from hf_alibi.model.installation import LayerConfig
 
 
@@ -32,7 +32,7 @@ def case(request):
 
 @torch.no_grad()
 def text_states(model, input_ids, **kwargs):
-    return text_decoder(model)(input_ids=input_ids, **kwargs).last_hidden_state
+    return text_decoder(model).module(input_ids=input_ids, **kwargs).last_hidden_state
 
 
 def test_the_decoders_self_attention_is_converted_and_nothing_else(case):
@@ -44,13 +44,13 @@ def test_the_decoders_self_attention_is_converted_and_nothing_else(case):
     }
     hf_alibi.apply_alibi(model)
     assert all(type(untouched[name][1]) is untouched[name][0] for name in untouched)
-    layers = [name for name, _ in self_attentions(model)]
+    layers = [name for name, _ in text_decoder(model).self_attentions]
     assert len(layers) == len({name for name in layers if name.startswith(inside)}) > 0
     with_view = [name for name, module in model.named_modules() if isinstance(vars(module).get("config"), LayerConfig)]
     assert with_view == layers
-    assert list(position_modules(model))
-    for parent, _, _ in position_modules(model):
-        assert any(parent is module for module in text_decoder(model).modules())
+    assert list(text_decoder(model).positions)
+    for parent, _, _ in text_decoder(model).positions:
+        assert any(parent is module for module in text_decoder(model).module.modules())
     assert len(hf_alibi.verify_alibi(model)) == len(layers)
 
 
@@ -118,7 +118,7 @@ def test_encoders_inside_the_language_model_stay_as_they_are(model_class, encode
         before = model.get_submodule(encoder)(input_ids=input_ids).last_hidden_state
         hf_alibi.apply_alibi(model)
         assert torch.equal(model.get_submodule(encoder)(input_ids=input_ids).last_hidden_state, before)
-    assert list(position_modules(model))
+    assert list(text_decoder(model).positions)
     hf_alibi.verify_alibi(model)
 
 

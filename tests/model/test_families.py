@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import hf_alibi
 from helpers.reference import slopes, token_positions
 from helpers.tiny_models import CAUSAL_TYPES, FIRST_TOKEN, NOT_BUILT, VOCABULARY, stock_tiny
-from hf_alibi.model.anatomy import self_attentions
+from hf_alibi.model.anatomy import text_decoder
 
 SUPPORTED = sorted(hf_alibi.supported_families())
 REFUSED = hf_alibi.supported_families().refused
@@ -224,7 +224,7 @@ def check_bias(model, count):
 
     with attention_functions(recording):
         logits(model, input_ids, attention_mask=mask)
-    layers = dict(self_attentions(model))
+    layers = dict(text_decoder(model).self_attentions)
     assert set(calls) == set(layers.values())
     assert len(layers) == count
     for name, layer in layers.items():
@@ -371,7 +371,7 @@ def test_a_training_step(family, backend):
     labels = input_ids[..., None] if family.startswith("musicgen") else input_ids
     before = model(input_ids, labels=labels, use_cache=False).loss
     before.backward()
-    for name, layer in self_attentions(model):
+    for name, layer in text_decoder(model).self_attentions:
         for parameter, value in layer.named_parameters():
             assert value.grad is not None, f"{name}.{parameter}"
             assert value.grad.isfinite().all(), f"{name}.{parameter}"
@@ -387,7 +387,7 @@ def test_a_training_step(family, backend):
 def test_verify_alibi_accepts_it(family, backend):
     model = alibi_model(family, backend)
     reports = hf_alibi.verify_alibi(model)
-    assert [report.layer for report in reports] == [name for name, _ in self_attentions(model)]
+    assert [report.layer for report in reports] == [name for name, _ in text_decoder(model).self_attentions]
 
 
 def assert_refused(model, reason):

@@ -168,7 +168,7 @@ def test_half_types_are_as_good_as_the_unconverted_model(family, backend, dtype)
     error = (logits(model, input_ids) - truth(family, model, input_ids)).abs()
     stock = hf_alibi.apply_alibi(stock_model(family, 12), slopes=[0.0] * 12).to(dtype)
     stock.set_attn_implementation(backend)
-    for _, attention in hf_alibi.model.anatomy.self_attentions(stock):
+    for _, attention in hf_alibi.model.anatomy.text_decoder(stock).self_attentions:
         attention.config = stock.config  # transformers' own attention function, positions removed
     stock_error = (logits(stock, input_ids) - truth(family, stock, input_ids, head_slopes=torch.zeros(12))).abs()
     assert error.mean() <= 1.5 * stock_error.mean()
@@ -246,7 +246,7 @@ def test_autocast_is_as_good_as_with_the_unconverted_attention(family, backend, 
     errors = []
     for stock in (False, True):
         head_slopes = torch.zeros(12) if stock else None
-        for _, attention in hf_alibi.model.anatomy.self_attentions(model):
+        for _, attention in hf_alibi.model.anatomy.text_decoder(model).self_attentions:
             attention.config = model.config if stock else attention.config
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = logits(model, input_ids, attention_mask=mask if padded else None)

@@ -21,7 +21,7 @@ from transformers import (
 import hf_alibi
 from helpers.models import snapshot, stock_config, stock_model, tokens
 from hf_alibi.model import patching
-from hf_alibi.model.anatomy import is_alibi, position_limit, self_attentions
+from hf_alibi.model.anatomy import is_alibi, text_decoder
 from hf_alibi.model.installation import LayerConfig
 
 
@@ -89,9 +89,9 @@ def test_keeps_the_configs_own_values(family):
 
 def test_no_length_limits_it(family):
     model = stock_model(family)
-    assert position_limit(model) == (32 if family == "gpt2" else None)
+    assert text_decoder(model).limit == (32 if family == "gpt2" else None)
     hf_alibi.apply_alibi(model)
-    assert position_limit(model) is None
+    assert text_decoder(model).limit is None
     with torch.no_grad():
         assert model(tokens(1, 500)).logits.isfinite().all()
 
@@ -191,7 +191,7 @@ def test_an_unsupported_implementation_set_behind_our_back_raises_in_the_forward
 def test_cross_attention_is_untouched():
     model = GPT2LMHeadModel(stock_config("gpt2", add_cross_attention=True)).eval()
     hf_alibi.apply_alibi(model)
-    assert [name for name, _ in self_attentions(model)] == ["transformer.h.0.attn", "transformer.h.1.attn"]
+    assert [name for name, _ in text_decoder(model).self_attentions] == ["transformer.h.0.attn", "transformer.h.1.attn"]
     assert model.transformer.h[0].crossattention.config is model.config
     hf_alibi.verify_alibi(model)
     # Cross-attention is a set: the order of what it reads changes nothing.

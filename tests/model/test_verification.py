@@ -12,7 +12,7 @@ from hf_alibi.attention.backends import BACKENDS
 from hf_alibi.attention.inputs import visible_keys
 from hf_alibi.attention.sdpa import dense, dispatch
 from hf_alibi.errors import VerificationError
-from hf_alibi.model.anatomy import self_attentions
+from hf_alibi.model.anatomy import text_decoder
 
 pytestmark = pytest.mark.parametrize("backend", ["eager", "sdpa"])
 
@@ -24,14 +24,14 @@ def converted(family, backend, **changes):
 
 
 def last_layer(model):
-    return list(self_attentions(model))[-1]
+    return list(text_decoder(model).self_attentions)[-1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_reports_slopes_and_error_of_each_layer(family, backend, dtype):
     model = converted(family, backend).to(dtype)
     reports = hf_alibi.verify_alibi(model)
-    assert [report.layer for report in reports] == [name for name, _ in self_attentions(model)]
+    assert [report.layer for report in reports] == [name for name, _ in text_decoder(model).self_attentions]
     for report in reports:
         assert report.slopes == pytest.approx(hf_alibi.alibi_slopes(6).tolist(), rel=1e-5)
         # Slopes are float32 numbers whatever the model's type.
@@ -138,7 +138,7 @@ def test_finds_positions_left_in(family, backend):
 def test_finds_a_conversion_that_never_reached_the_layers(family, backend):
     """The worst of this field: a converter whose method nobody calls."""
     model = converted(family, backend)
-    for _, attention in self_attentions(model):
+    for _, attention in text_decoder(model).self_attentions:
         attention.config = model.config
     with pytest.raises(VerificationError, match="never called"):
         hf_alibi.verify_alibi(model)
