@@ -2,15 +2,14 @@
 
 import json
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import ByT5Tokenizer, StaticCache
+from transformers import StaticCache
 
 from helpers.models import stock_model
+from helpers.runs import BYTES, config_file, drop_weight, refused, save
 from hf_alibi import cli
 from hf_alibi.attention.backends import BACKENDS
 from hf_alibi.benchmark import attention_cases as workloads
@@ -19,7 +18,6 @@ from hf_alibi.benchmark.settings import BenchmarkArguments
 from hf_alibi.benchmark.timing import OK, Stopwatch, allocated_peak
 from hf_alibi.commands import benchmark as run_module
 from hf_alibi.commands.benchmark import benchmark, growth_rows
-from hf_alibi.errors import InputError
 from hf_alibi.reporting import plots
 from hf_alibi.reporting.plots import cost_by_length
 
@@ -36,7 +34,7 @@ class Machine:
         self.calls = []
         self.load = load
 
-    def variant(self, name, *seconds):
+    def variant(self, name, seconds):
         def run():
             times = self.calls.count(name)
             self.now += seconds[times % len(seconds)] * self.load(len(self.calls))
@@ -44,8 +42,11 @@ class Machine:
 
         return run
 
-    def watch(self, repeats, seconds=0.0):
-        return Stopwatch(repeats, seconds, clock=lambda: self.now)
+    def compare(self, repeats, *, seconds=0.0, **variants):
+        """The rows of variants that take these times in turn, or cannot run for the reason given."""
+        watch = Stopwatch(repeats, seconds, clock=lambda: self.now)
+        runs = {name: each if isinstance(each, str) else self.variant(name, each) for name, each in variants.items()}
+        return watch.compare(runs, baseline="a")
 
 
 def by_side(rows):
@@ -54,9 +55,8 @@ def by_side(rows):
 
 def test_a_side_twice_as_slow_is_twice_as_slow():
     machine = Machine()
-    rows = machine.watch(3).compare({"a": machine.variant("a", 0.5), "b": machine.variant("b", 1.0)}, baseline="a")
+    a, b = machine.compare(3, a=[0.5], b=[1.0])
     assert machine.calls == ["a", "b"] * 4
-    a, b = rows
     assert (a["variant"], a["seconds"], a["ratio"]) == ("a", 0.5, 1.0)
     assert (b["variant"], b["seconds"], b["ratio"], b["ratio_low"], b["ratio_high"]) == ("b", 1.0, 2.0, 2.0, 2.0)
     assert (b["status"], b["repeats"], b["times"]) == (OK, 3, [1.0] * 3)
@@ -64,16 +64,13 @@ def test_a_side_twice_as_slow_is_twice_as_slow():
 
 def test_a_machine_that_becomes_slower_changes_no_ratio():
     machine = Machine(load=lambda call: 1.0 + call // 2)  # a round more, a unit slower
-    variants = {"a": machine.variant("a", 1.0), "b": machine.variant("b", 2.0)}
-    b = by_side(machine.watch(5).compare(variants, baseline="a"))["b"]
+    _, b = machine.compare(5, a=[1.0], b=[2.0])
     assert b["times"] == [4.0, 6.0, 8.0, 10.0, 12.0]
     assert (b["seconds"], b["ratio"], b["ratio_low"], b["ratio_high"]) == (8.0, 2.0, 2.0, 2.0)
 
 
 def test_the_ratio_is_the_median_of_those_of_the_rounds():
-    machine = Machine()
-    variants = {"a": machine.variant("a", 99.0, 1.0, 2.0, 10.0), "b": machine.variant("b", 99.0, 4.0, 2.0, 5.0)}
-    b = by_side(machine.watch(3).compare(variants, baseline="a"))["b"]
+    _, b = Machine().compare(3, a=[99.0, 1.0, 2.0, 10.0], b=[99.0, 4.0, 2.0, 5.0])
     assert b["times"] == [4.0, 2.0, 5.0]  # the first round does not count
     assert b["seconds"] == 4.0
     # Of 4, 1 and 0.5; the ratio of the medians would be 2.
@@ -81,24 +78,20 @@ def test_the_ratio_is_the_median_of_those_of_the_rounds():
 
 
 def test_one_round_is_its_own_spread():
-    machine = Machine()
-    rows = machine.watch(1).compare({"a": machine.variant("a", 1.0), "b": machine.variant("b", 3.0)}, baseline="a")
+    rows = Machine().compare(1, a=[1.0], b=[3.0])
     assert [(row["ratio_low"], row["ratio"], row["ratio_high"]) for row in rows] == [(1.0,) * 3, (3.0,) * 3]
 
 
 def test_short_calls_are_repeated_until_the_time_is_up():
-    machine = Machine()
-    variants = {"a": machine.variant("a", 0.25), "b": machine.variant("b", 0.25)}
-    assert {row["repeats"] for row in machine.watch(2, seconds=2.0).compare(variants, baseline="a")} == {4}
+    assert {row["repeats"] for row in Machine().compare(2, seconds=2.0, a=[0.25], b=[0.25])} == {4}
 
 
 def test_a_side_that_cannot_run_says_why():
-    machine = Machine()
-    rows = machine.watch(1).compare({"a": "too big", "b": machine.variant("b", 1.0)}, baseline="a")
+    rows = Machine().compare(1, a="too big", b=[1.0])
     assert [row["status"] for row in rows] == ["too big", OK]
     assert (rows[0]["seconds"], rows[0]["times"], rows[1]["seconds"]) == (None, [], 1.0)
     assert rows[1]["ratio"] is None
-    assert [row["status"] for row in Stopwatch(1, seconds=1.0).compare({"a": "no"}, baseline="a")] == ["no"]
+    assert [row["status"] for row in Machine().compare(1, seconds=1.0, a="no")] == ["no"]
 
 
 def test_an_unexpected_error_is_raised():
@@ -134,17 +127,8 @@ def _no_flex(monkeypatch):
 
 
 def arguments(**changes):
-    return BenchmarkArguments(
-        **{
-            "output_dir": "out",
-            "heads": 6,
-            "key_value_heads": 2,
-            "model_key_value_heads": 2,
-            "head_dim": 8,
-            "lengths": [64],
-            **changes,
-        }
-    )
+    shape = {"heads": 6, "key_value_heads": 2, "model_key_value_heads": 2, "head_dim": 8}
+    return BenchmarkArguments(**{"output_dir": "out", **shape, "lengths": [64], **changes})
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -233,14 +217,9 @@ def test_every_decode_step_has_the_same_context(monkeypatch, shape, kind):
 
 
 def test_growth_is_that_of_the_cost_per_token():
-    def row(variant, length, cost, what="forward"):
-        return {
-            "part": "attention",
-            "what": what,
-            "variant": variant,
-            "length": length,
-            "microseconds_per_token": cost,
-        }
+    def row(variant, length, cost):
+        named = {"part": "attention", "what": "forward", "variant": variant, "length": length}
+        return {**named, "microseconds_per_token": cost}
 
     rows = [row("a", 16, 2.0), row("a", 64, 5.0), row("b", 16, 1.0), row("b", 64, None), row("c", 64, 1.0)]
     grown = by_side(growth_rows([*rows, row("a", 32, 9.0)]))
@@ -270,9 +249,7 @@ def command(tmp_path):
             "memory_limit": 0.25,
             **changes,
         }
-        config = tmp_path / "config.yaml"
-        config.write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
-        return benchmark([str(config)])
+        return benchmark(config_file(settings, tmp_path / "config.yaml"))
 
     return run
 
@@ -286,22 +263,17 @@ def test_a_run_leaves_a_row_for_every_side(command, tmp_path, capsys, monkeypatc
     assert str(tmp_path) not in (out / "benchmark.json").read_text()
     rows = {(r["part"], r["subject"], r["what"], r["length"], r["variant"]): r for r in results["rows"]}
     assert len(rows) == len(results["rows"])
-    both = ["unconverted", "converted"]
+    ways, models, both = ("forward", "forward_backward"), ("gpt2", "llama"), ("unconverted", "converted")
     assert set(rows) == {
+        *(("attention", "attention", way, n, side) for way in ways for n in (16, 64) for side in VARIANTS),
+        *(("growth", "attention", way, 64, side) for way in ways for side in VARIANTS),
+        *(("memory", "attention", "forward", n, side) for n in (16, 64) for side in VARIANTS),
+        *(("model", m, what, 16, side) for m in models for what in ("forward", "training_step") for side in both),
         *(
-            ("attention", "attention", w, n, s)
-            for w in ("forward", "forward_backward")
-            for n in (16, 64)
-            for s in VARIANTS
-        ),
-        *(("growth", "attention", w, 64, s) for w in ("forward", "forward_backward") for s in VARIANTS),
-        *(("memory", "attention", "forward", n, s) for n in (16, 64) for s in VARIANTS),
-        *(("model", f, w, 16, s) for f in ("gpt2", "llama") for w in ("forward", "training_step") for s in both),
-        *(
-            ("decode", f, w, 16, s)
-            for f in ("gpt2", "llama")
-            for w in ("dynamic cache", "static cache")
-            for s in (*both, "converted, AlibiCache")
+            ("decode", m, f"{kind} cache", 16, side)
+            for m in models
+            for kind in ("dynamic", "static")
+            for side in (*both, "converted, AlibiCache")
         ),
         *(("sequence", "small model", "perplexity", 64, f"{n} tokens") for n in (16, 64)),
     }
@@ -357,11 +329,10 @@ def checkpoint(tmp_path, monkeypatch):
         yield [reads]
 
     monkeypatch.setattr(model_workloads, "record_reads", record_reads)
-    stock_model("llama", vocab_size=259).save_pretrained(tmp_path / "model")
-    ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path / "model")
+    folder = save(stock_model("llama", vocab_size=BYTES), tmp_path / "model")
     text = tmp_path / "text.txt"
     text.write_text("A plain text, again and again. " * 4, encoding="utf-8")
-    return {"model_name_or_path": str(tmp_path / "model"), "text": str(text), "parts": ["activations"]}
+    return {"model_name_or_path": folder, "text": str(text), "parts": ["activations"]}
 
 
 def test_activations_are_those_of_each_layer(command, checkpoint, tmp_path):
@@ -407,29 +378,26 @@ def test_a_call_without_windows_reads_everything():
 )
 def test_what_cannot_be_used_is_refused_before_anything_is_timed(command, tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr(Stopwatch, "compare", None)
-    with pytest.raises(InputError, match=message):
+    with refused(message):
         command(**changes)
     assert not (tmp_path / "out").exists()
 
 
 def test_weights_that_are_missing_are_not_timed_as_random_ones(command, checkpoint):
-    path = Path(checkpoint["model_name_or_path"]) / "model.safetensors"
-    weights = load_file(path)
-    missing = next(name for name in weights if name.endswith("mlp.down_proj.weight"))
-    save_file({name: value for name, value in weights.items() if name != missing}, path, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=f"lacks 1 of its weights .{missing}"):
+    missing = drop_weight(checkpoint["model_name_or_path"], "mlp.down_proj.weight")
+    with refused(f"lacks 1 of its weights .{missing}"):
         command(**checkpoint)
 
 
 def test_a_text_that_is_too_short_is_refused(command, checkpoint):
-    with pytest.raises(InputError, match="has 125 tokens, and activation_lengths asks for 512"):
+    with refused("has 125 tokens, and activation_lengths asks for 512"):
         command(**checkpoint, activation_lengths=[512])
 
 
 def test_a_folder_with_results_is_refused(command, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "benchmark.json").write_text("{}")
-    with pytest.raises(InputError, match="is not empty"):
+    with refused("is not empty"):
         command()
 
 
@@ -441,11 +409,9 @@ def test_the_picture_has_a_line_a_side_and_its_ratio(tmp_path, monkeypatch):
             "variant": variant,
             "what": what,
             "length": length,
-            "status": OK if variant != "big" or length < 64 else "needs more",
             "microseconds_per_token": slow * length,
-            "ratio": slow,
-            "ratio_low": slow,
-            "ratio_high": slow,
+            **dict.fromkeys(("ratio", "ratio_low", "ratio_high"), slow),
+            "status": OK if variant != "big" or length < 64 else "needs more",
         }
         for what in ("forward", "forward_backward")
         for variant, slow in (("causal", 1.0), ("sdpa", 0.5), ("big", 4.0))
