@@ -1,19 +1,14 @@
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
+from helpers.runs import ROOT, config_file, run_python
 from hf_alibi import cli
 from hf_alibi.commands.fields import field_names, training_fields
 from hf_alibi.commands.settings import load_settings
 from hf_alibi.conversion.settings import ConversionArguments
 from hf_alibi.errors import InputError
 from hf_alibi.training.settings import DataArguments, FinetuneArguments
-
-ROOT = Path(__file__).parents[2]
 
 
 def fake(monkeypatch, action):
@@ -51,7 +46,7 @@ from hf_alibi.cli import main
 codes = [main(["finetune", "--help"]), main(["convert", "--blok_size", "3"]), main(["benchmark", "--heds=3"])]
 print(codes, "torch" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = run_python("-c", code)
     assert done.stdout.splitlines()[-1] == "[0, 1, 1] False"
     assert "unknown field 'blok_size' in the command line; did you mean block_size" in done.stderr
     assert "did you mean heads" in done.stderr
@@ -130,17 +125,15 @@ def test_script_runs_from_start_to_end(tmp_path):
         "max_steps": 2,
         "output_dir": "run",
     }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    command = [str(ROOT / "scripts/finetune.py"), *config_file(settings, tmp_path / "run.yaml")]
     (tmp_path / "text.txt").write_text("".join(f"{number} is a number. " for number in range(100)))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": "home", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "scripts/finetune.py"), "run.yaml"]
 
-    first = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    first = run_python(*command, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert "saved to run" in first.stdout
     assert {"loss.png", "metrics.json", "config.yaml"} <= {path.name for path in (tmp_path / "run").iterdir()}
 
-    second = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    second = run_python(*command, cwd=tmp_path)
     assert second.returncode == 1
     assert second.stderr.strip().splitlines()[-1].startswith("hf-alibi: error: output_dir run holds an earlier run")
     assert "Traceback" not in second.stderr
