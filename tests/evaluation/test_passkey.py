@@ -7,13 +7,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from helpers.models import stock_model
 from hf_alibi.errors import InputError
 from hf_alibi.evaluation import passkey
 from hf_alibi.evaluation.passkey import evaluate_passkey
 from hf_alibi.evaluation.passkey_prompts import PasskeyProbe, PasskeyText, passkey_training_tokens
+from hf_alibi.training.data import load_tokenizer
 
 QUESTION = "What is the pass key? The pass key is"
 
@@ -23,9 +24,8 @@ def merging_tokenizer():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<eos>"], initial_alphabet=letters)
     text = ["The grass is green. The pass key is hidden. " + " ".join(str(7 * n) for n in range(1500, 1700))]
     tokenizer.train_from_iterator(text, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
@@ -33,7 +33,7 @@ def merging_tokenizer():
 
 @pytest.fixture(params=["bytes", "merges"])
 def tokenizer(request):
-    return ByT5Tokenizer(extra_ids=0) if request.param == "bytes" else merging_tokenizer()
+    return load_tokenizer("bytes") if request.param == "bytes" else merging_tokenizer()
 
 
 @pytest.fixture
@@ -42,6 +42,10 @@ def text(tokenizer):
 
 
 PROBE = PasskeyProbe(lengths=[200, 330], depths=[0.0, 0.5, 1.0], cases=4)
+
+
+def found(model, text, probe=PROBE, **options):
+    return evaluate_passkey(model, text, probe, **options, progress=False)
 
 
 def test_prompts_begin_with_the_beginning_of_sequence_if_told(tokenizer):
@@ -117,21 +121,19 @@ def test_the_key_stands_at_its_depth(tokenizer, text):
 
 
 def test_an_oracle_finds_every_key_and_a_blind_model_none(tokenizer, text):
-    rows = evaluate_passkey(oracle(tokenizer), text, PROBE, name="oracle", progress=False)
+    rows = found(oracle(tokenizer), text, name="oracle")
     assert [(row.length, row.depth) for row in rows] == [(n, d) for n in (200, 330) for d in (0.0, 0.5, 1.0, None)]
     assert all(row.found == row.cases == (12 if row.depth is None else 4) for row in rows)
     assert all(row.low < row.high == 1.0 and row.status == "ok" for row in rows)
-    blind = evaluate_passkey(Reader(tokenizer, lambda ids: 3), text, PROBE, progress=False)
+    blind = found(Reader(tokenizer, lambda ids: 3), text)
     assert all(row.found == row.low == 0 < row.high for row in blind)
 
 
 def test_what_a_model_sees_decides_at_which_depth_it_finds(tokenizer, text):
-    rows = evaluate_passkey(oracle(tokenizer, sees=120), text, PROBE, progress=False)
-    assert {(r.length, r.depth): r.found for r in rows if r.depth is not None} == {
-        **{(n, 0.0): 0 for n in (200, 330)},
-        **{(n, 1.0): 4 for n in (200, 330)},
-        **{(330, 0.5): 0, (200, 0.5): next(r.found for r in rows if (r.length, r.depth) == (200, 0.5))},
-    }
+    rows = found(oracle(tokenizer, sees=120), text)
+    keys = {(r.length, r.depth): r.found for r in rows if r.depth is not None}
+    assert keys.pop((200, 0.5)) in range(5)
+    assert keys == {(200, 0.0): 0, (200, 1.0): 4, (330, 0.0): 0, (330, 0.5): 0, (330, 1.0): 4}
 
 
 def test_half_a_key_does_not_count(tokenizer, text):
@@ -140,14 +142,14 @@ def test_half_a_key_does_not_count(tokenizer, text):
     def all_but_the_last(ids):
         return right.said(ids) if tokenizer.decode(ids).endswith("pass key is") else 3
 
-    rows = evaluate_passkey(Reader(tokenizer, all_but_the_last), text, PROBE, progress=False)
+    rows = found(Reader(tokenizer, all_but_the_last), text)
     assert all(row.found == 0 for row in rows)
 
 
 def test_only_the_logits_of_the_answer_are_computed():
-    tokenizer = ByT5Tokenizer(extra_ids=0)
+    tokenizer = load_tokenizer("bytes")
     model = oracle(tokenizer)
-    evaluate_passkey(model, PasskeyText(tokenizer), PROBE, progress=False)
+    found(model, PasskeyText(tokenizer))
     assert max(model.computed[1:]) == 6  # a space and five digits
 
 
@@ -167,9 +169,7 @@ def test_cases_are_the_same_for_all_models_and_at_every_call(tokenizer):
     asked = []
     for _ in range(2):
         text, seen = PasskeyText(tokenizer), []
-        evaluate_passkey(
-            Reader(tokenizer, lambda ids, seen=seen: seen.append(tuple(ids)) or 3), text, PROBE, progress=False
-        )
+        found(Reader(tokenizer, lambda ids, seen=seen: seen.append(tuple(ids)) or 3), text)
         asked.append(seen)
     assert asked[0] == asked[1]
     cell = PROBE.cell(PasskeyText(tokenizer), 330, 0.5)
@@ -179,14 +179,14 @@ def test_cases_are_the_same_for_all_models_and_at_every_call(tokenizer):
 
 
 def test_batches_change_nothing(tokenizer, text):
-    expected = evaluate_passkey(oracle(tokenizer, sees=120), text, PROBE, progress=False)
+    expected = found(oracle(tokenizer, sees=120), text)
     for batch_tokens in (1, 700, 10_000):
-        rows = evaluate_passkey(oracle(tokenizer, sees=120), text, PROBE, batch_tokens=batch_tokens, progress=False)
+        rows = found(oracle(tokenizer, sees=120), text, batch_tokens=batch_tokens)
         assert rows == expected
 
 
 def test_lengths_beyond_the_table_have_rows_that_say_so(tokenizer, text):
-    rows = evaluate_passkey(oracle(tokenizer), text, PROBE, limit=256, progress=False)
+    rows = found(oracle(tokenizer), text, limit=256)
     assert all(row.status == "ok" for row in rows if row.length == 200)
     beyond = [row for row in rows if row.length == 330]
     assert len(beyond) == 4
@@ -253,6 +253,6 @@ def test_rotations_that_remember_a_longer_text_are_reset():
     model = stock_model("llama", vocab_size=259, max_position_embeddings=150, rope_parameters=rope)
     with torch.no_grad():
         model(torch.randint(3, 259, (1, 600)))
-    text = PasskeyText(ByT5Tokenizer(extra_ids=0))
-    evaluate_passkey(model, text, PasskeyProbe(lengths=[200], depths=[0.0], cases=1), progress=False)
+    text = PasskeyText(load_tokenizer("bytes"))
+    found(model, text, PasskeyProbe(lengths=[200], depths=[0.0], cases=1))
     assert model.model.rotary_emb.max_seq_len_cached == 199
