@@ -9,7 +9,7 @@ import torch
 from transformers import StaticCache
 
 from helpers.models import stock_model
-from helpers.runs import BYTES, config_file, drop_weight, refused, save
+from helpers.runs import BYTES, config_file, drop_weight, raising, refused, save
 from hf_alibi import cli
 from hf_alibi.attention.backends import BACKENDS
 from hf_alibi.benchmark import attention_cases as workloads
@@ -24,6 +24,20 @@ from hf_alibi.reporting.plots import cost_by_length
 CPU = torch.device("cpu")
 FLEX = "flex_attention"
 VARIANTS = ["causal", "sdpa", "dense_bias", "eager", FLEX]
+TINY = {
+    "lengths": [16, 64],
+    "heads": 4,
+    "head_dim": 8,
+    "model_lengths": [16],
+    "model_layers": 1,
+    "model_key_value_heads": 2,
+    "vocab_size": 50,
+    "contexts": [16],
+    "sequence_lengths": [16, 64],
+    "repeats": 2,
+    "seconds": 0.0,
+    "memory_limit": 0.25,
+}
 
 
 class Machine:
@@ -95,11 +109,8 @@ def test_a_side_that_cannot_run_says_why():
 
 
 def test_an_unexpected_error_is_raised():
-    def broken():
-        raise ZeroDivisionError
-
     with pytest.raises(ZeroDivisionError):
-        Stopwatch(1).compare({"a": broken}, baseline="a")
+        Stopwatch(1).compare({"a": raising(ZeroDivisionError)}, baseline="a")
 
 
 def test_the_peak_counts_what_was_freed_again_and_buffers_inside_kernels():
@@ -127,8 +138,7 @@ def _no_flex(monkeypatch):
 
 
 def arguments(**changes):
-    shape = {"heads": 6, "key_value_heads": 2, "model_key_value_heads": 2, "head_dim": 8}
-    return BenchmarkArguments(**{"output_dir": "out", **shape, "lengths": [64], **changes})
+    return BenchmarkArguments(**{"output_dir": "out", **TINY, "heads": 6, "key_value_heads": 2, **changes})
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -173,22 +183,15 @@ def test_flex_attention_runs_where_it_can_and_says_why_where_not(monkeypatch):
     assert reason() == OK
     assert reason(backward=True) == "flex_attention has no backward on CPU"
 
-    def broken(*args):
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setitem(workloads.BACKENDS, FLEX, broken)
+    monkeypatch.setitem(workloads.BACKENDS, FLEX, raising(RuntimeError("no compiler")))
     assert reason() == "failed: no compiler"
 
 
 @pytest.mark.parametrize("shape", model_workloads._SHAPES)
 @pytest.mark.parametrize("kind", model_workloads._CACHES)
 def test_every_decode_step_has_the_same_context(monkeypatch, shape, kind):
-    args = arguments(model_layers=2, vocab_size=50, contexts=[16])
-    (case,) = [
-        case
-        for case in model_workloads.decode_cases(args, CPU)
-        if (case.subject, case.what) == (shape, f"{kind} cache")
-    ]
+    cases = model_workloads.decode_cases(arguments(model_layers=2), CPU)
+    (case,) = [case for case in cases if (case.subject, case.what) == (shape, f"{kind} cache")]
     caches, logits = [], {}
     forget = model_workloads._forget_last
 
@@ -198,10 +201,7 @@ def test_every_decode_step_has_the_same_context(monkeypatch, shape, kind):
 
     def compare(self, variants, **kwargs):
         caches.clear()
-        for name, step in variants.items():
-            logits[name] = []
-            for _ in range(3):
-                logits[name].append(step())
+        logits.update({name: [step() for _ in range(3)] for name, step in variants.items()})
         return []
 
     monkeypatch.setattr(model_workloads, "_forget_last", looked_at)
@@ -209,8 +209,7 @@ def test_every_decode_step_has_the_same_context(monkeypatch, shape, kind):
     case.measure(Stopwatch(1))
     assert caches == [(kind == "static", [16, 16])] * 6 + [(False, [16, 16])] * 3
     for steps in logits.values():
-        assert torch.equal(steps[0], steps[1])
-        assert torch.equal(steps[0], steps[2])
+        assert all(torch.equal(steps[0], step) for step in steps)
     # The same weights, cache and token: only the bias is new.
     assert not torch.equal(logits["unconverted"][0], logits["converted"][0])
     assert torch.allclose(logits["converted, AlibiCache"][0], logits["converted"][0], atol=1e-5)
@@ -231,27 +230,8 @@ def test_growth_is_that_of_the_cost_per_token():
 @pytest.fixture
 def command(tmp_path):
     """Run with these settings in a tiny shape."""
-
-    def run(**changes):
-        settings = {
-            "output_dir": str(tmp_path / "out"),
-            "lengths": [16, 64],
-            "heads": 4,
-            "head_dim": 8,
-            "model_lengths": [16],
-            "model_layers": 1,
-            "model_key_value_heads": 2,
-            "vocab_size": 50,
-            "contexts": [16],
-            "sequence_lengths": [16, 64],
-            "repeats": 2,
-            "seconds": 0.0,
-            "memory_limit": 0.25,
-            **changes,
-        }
-        return benchmark(config_file(settings, tmp_path / "config.yaml"))
-
-    return run
+    output_dir, config = str(tmp_path / "out"), tmp_path / "config.yaml"
+    return lambda **changes: benchmark(config_file({"output_dir": output_dir, **TINY, **changes}, config))
 
 
 def test_a_run_leaves_a_row_for_every_side(command, tmp_path, capsys, monkeypatch):
@@ -309,10 +289,7 @@ def test_a_side_without_memory_is_a_row_with_the_reason(command):
 
 
 def test_parts_are_written_as_they_are_done(command, tmp_path, monkeypatch):
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(workloads, "allocated_peak", interrupt)
+    monkeypatch.setattr(workloads, "allocated_peak", raising(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         command()
     rows = json.loads((tmp_path / "out" / "benchmark.json").read_text())["rows"]

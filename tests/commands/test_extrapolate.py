@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import hf_alibi
 from helpers.models import VOCABULARY, stock_model
-from helpers.runs import BYTES, config_file, cut, drop_weight, refused, save
+from helpers.runs import BYTES, config_file, cut, drop_weight, raising, refused, save
 from hf_alibi.commands import extrapolate as extrapolation
 from hf_alibi.commands.extrapolate import extrapolate
 from hf_alibi.evaluation import memory
@@ -71,11 +71,7 @@ def direct_rows(model, tokens, **options):
 @pytest.fixture
 def no_evaluation(monkeypatch):
     """Fails the test where a model is evaluated."""
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("a model was evaluated")
-
-    monkeypatch.setattr(extrapolation, "evaluate_extrapolation", refuse)
+    monkeypatch.setattr(extrapolation, "evaluate_extrapolation", raising(AssertionError("a model was evaluated")))
 
 
 def test_a_run_writes_everything_it_found(command, tmp_path, capsys):

@@ -21,13 +21,8 @@ pytestmark = pytest.mark.usefixtures("one_thread", "workplace")
 
 BLOCK = 32
 FRESH = {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": BLOCK}
-SIZES = {
-    "hidden_size": 24,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-}
+HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3}
+SIZES = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, **HEADS}
 LLAMA = {"model_type": "llama", **SIZES}
 EXPERTS = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}
 MIXTURE = {"model_type": "mixtral", **SIZES, **EXPERTS}

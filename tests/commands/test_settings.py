@@ -33,10 +33,26 @@ def config(tmp_path):
     return write
 
 
-def test_yaml_fills_the_dataclasses(config):
-    colours, training = load_settings(CLASSES, [config(hue="blue", shades=["a", "b"], max_steps=7, bright=False)])
-    assert (colours.hue, colours.shades, colours.bright) == ("blue", ["a", "b"], False)
-    assert training.max_steps == 7
+@pytest.mark.parametrize(
+    ("values", "words", "expected"),
+    [
+        ({"hue": "blue", "shades": ["a", "b"]}, [], {"hue": "blue", "shades": ["a", "b"]}),
+        ({"max_steps": 7, "bright": False}, [], {"max_steps": 7, "bright": False}),
+        ({"mix": {"a": 1}}, [], {"mix": '{"a": 1}'}),
+        ({"lr_scheduler_kwargs": {"num_cycles": 2}}, [], {"lr_scheduler_kwargs": {"num_cycles": 2}}),
+        # The command line wins, in any of its forms, and null takes the value of the file back.
+        ({"hue": "blue"}, ["--hue", "green"], {"hue": "green"}),
+        ({"hue": "blue"}, ["--hue=green"], {"hue": "green"}),
+        ({"shades": ["a"]}, ["--max-steps", "3", "--shades", "x", "y"], {"max_steps": 3, "shades": ["x", "y"]}),
+        ({}, ["--no_bright", "--max_steps", "3"], {"max_steps": 3, "bright": False}),
+        ({"hue": "blue"}, ["--hue", "null", "--depth", "1"], {"hue": "red", "depth": 1.0}),
+        ({"hue": "blue"}, ["--depth", "1", "--hue=null"], {"hue": "red", "depth": 1.0}),
+    ],
+)
+def test_yaml_and_command_line_fill_the_dataclasses(config, values, words, expected):
+    colours, training = load_settings(CLASSES, [config(**values), *words])
+    found = vars(colours) | vars(training)
+    assert {name: found[name] for name in expected} == expected
 
 
 def test_exponents_without_a_dot_are_floats(tmp_path):
@@ -48,32 +64,9 @@ def test_exponents_without_a_dot_are_floats(tmp_path):
     assert colours.depth == -1e-3
 
 
-@pytest.mark.parametrize("words", [["--hue", "green"], ["--hue=green"]])
-def test_command_line_wins(config, words):
-    assert load_settings(CLASSES, [config(hue="blue"), *words])[0].hue == "green"
-
-
-def test_command_line_forms(config):
-    words = ["--max-steps", "3", "--no_bright", "--shades", "x", "y"]
-    colours, training = load_settings(CLASSES, [config(shades=["a"]), *words])
-    assert (training.max_steps, colours.bright, colours.shades) == (3, False, ["x", "y"])
-
-
 def test_null_is_the_default(tmp_path):
     (tmp_path / "run.yaml").write_text("hue: null\noutput_dir: out\n")
     assert load_settings(CLASSES, [str(tmp_path / "run.yaml")])[0].hue == "red"
-
-
-@pytest.mark.parametrize("words", [["--hue", "null", "--depth", "1"], ["--depth", "1", "--hue=null"]])
-def test_null_on_the_command_line_takes_the_yaml_value_back(config, words):
-    colours, _ = load_settings(CLASSES, [config(hue="blue"), *words])
-    assert (colours.hue, colours.depth) == ("red", 1.0)
-
-
-def test_mapping_arrives_as_json(config):
-    colours, training = load_settings(CLASSES, [config(mix={"a": 1}, lr_scheduler_kwargs={"num_cycles": 2})])
-    assert colours.mix == '{"a": 1}'
-    assert training.lr_scheduler_kwargs == {"num_cycles": 2}
 
 
 def test_the_file_may_be_left_out():

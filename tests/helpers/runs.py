@@ -36,6 +36,15 @@ def refused(message):
     assert "\n" not in str(raised.value)
 
 
+def raising(error):
+    """A function that raises this, whatever it is given."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
 def run_python(*words, cwd=None):
     """Run Python with these words in a process of its own, which finds the package and no cache."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": "home", "OMP_NUM_THREADS": "1"}

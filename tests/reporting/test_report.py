@@ -52,6 +52,11 @@ def written(tmp_path):
     return write
 
 
+@pytest.fixture
+def text(written):
+    return written(results_of())
+
+
 def findings(text):
     """The sentences of the findings."""
     return [line[2:] for line in text.split("## Findings\n")[1].split("\n## ")[0].splitlines() if line]
@@ -209,8 +214,7 @@ def test_an_unconverted_model_has_no_training_length(written):
 
 
 class TestPasskeys:
-    def test_not_run(self, written):
-        text = written(results_of())
+    def test_not_run(self, text):
         assert "is not known: the passkey probe was not run (`passkey_cases`)" in says(text, "far back")
         assert "whether distant facts are found is not known" in text
         assert "passkey.png" not in text
@@ -229,14 +233,12 @@ class TestPasskeys:
         assert says(written(results), "passkey probe") == "**alibi** runs at none of the lengths of the passkey probe."
 
 
-def test_a_model_that_cannot_run_is_in_the_tables(written):
-    text = written(results_of())
+def test_a_model_that_cannot_run_is_in_the_tables(text):
     assert text.count("| original | 30.00 [27.27, 33.00] | cannot run | cannot run |") == 2
     assert text.count("| original, cropped to 128 | " + " | ".join(["30.00 [27.27, 33.00]"] * 3)) == 2
 
 
-def test_tables_have_both_protocols_intervals_and_units(written):
-    text = written(results_of())
+def test_tables_have_both_protocols_intervals_and_units(text):
     assert text.count(f"| model | 128 (1 {TIMES}) | 512 (4 {TIMES}) | 2048 (16 {TIMES}) |") == 4
     assert text.count("| tokens seen | 113–128 | 449–512 | 1793–2048 |") == 2
     assert text.count("| tokens seen | 1–128 | 1–512 | 1–2048 |") == 2
@@ -313,8 +315,7 @@ def test_what_is_left_out_is_said_with_the_reason(written):
     assert "- **original** has no `x`: of that." in text
 
 
-def test_it_says_what_was_compared_and_what_is_not_shown(written):
-    text = written(results_of())
+def test_it_says_what_was_compared_and_what_is_not_shown(text):
     compared = ("The same 8,192 tokens", "some text", r"p\|q", "12,345", "(perplexity.png)", "(position_loss.png)")
     for words in (*compared, "not long-context use", "early-token curse"):
         assert words in text

@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import datasets
@@ -31,15 +30,12 @@ def tokenizer():
 
 def write(name, *texts):
     """Write documents in the format that the file's name says."""
-    path = Path(name)
-    if path.suffix == ".txt":
-        path.write_text("".join(texts))
-    elif path.suffix == ".parquet":
+    if name.endswith(".txt"):
+        Path(name).write_text("".join(texts))
+    elif name.endswith(".parquet"):
         datasets.Dataset.from_dict({"text": list(texts)}).to_parquet(name)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps([{"text": text} for text in texts]))
     else:
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        datasets.Dataset.from_dict({"text": list(texts)}).to_json(name, lines=name.endswith("l"))
     return name
 
 
