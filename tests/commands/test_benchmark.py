@@ -63,10 +63,6 @@ class Machine:
         return watch.compare(runs, baseline="a")
 
 
-def by_side(rows):
-    return {row["variant"]: row for row in rows}
-
-
 def test_a_side_twice_as_slow_is_twice_as_slow():
     machine = Machine()
     a, b = machine.compare(3, a=[0.5], b=[1.0])
@@ -221,7 +217,7 @@ def test_growth_is_that_of_the_cost_per_token():
         return {**named, "microseconds_per_token": cost}
 
     rows = [row("a", 16, 2.0), row("a", 64, 5.0), row("b", 16, 1.0), row("b", 64, None), row("c", 64, 1.0)]
-    grown = by_side(growth_rows([*rows, row("a", 32, 9.0)]))
+    grown = {each["variant"]: each for each in growth_rows([*rows, row("a", 32, 9.0)])}
     assert (grown["a"]["growth"], grown["a"]["growth_from"], grown["a"]["length"]) == (2.5, 16, 64)
     assert grown["b"]["status"] == "not timed at 64 tokens"
     assert grown["c"]["status"] == "not timed at 16 tokens"
@@ -244,17 +240,13 @@ def test_a_run_leaves_a_row_for_every_side(command, tmp_path, capsys, monkeypatc
     rows = {(r["part"], r["subject"], r["what"], r["length"], r["variant"]): r for r in results["rows"]}
     assert len(rows) == len(results["rows"])
     ways, models, both = ("forward", "forward_backward"), ("gpt2", "llama"), ("unconverted", "converted")
+    cached = (*both, "converted, AlibiCache")
     assert set(rows) == {
         *(("attention", "attention", way, n, side) for way in ways for n in (16, 64) for side in VARIANTS),
         *(("growth", "attention", way, 64, side) for way in ways for side in VARIANTS),
         *(("memory", "attention", "forward", n, side) for n in (16, 64) for side in VARIANTS),
         *(("model", m, what, 16, side) for m in models for what in ("forward", "training_step") for side in both),
-        *(
-            ("decode", m, f"{kind} cache", 16, side)
-            for m in models
-            for kind in ("dynamic", "static")
-            for side in (*both, "converted, AlibiCache")
-        ),
+        *(("decode", m, f"{kind} cache", 16, s) for m in models for kind in ("dynamic", "static") for s in cached),
         *(("sequence", "small model", "perplexity", 64, f"{n} tokens") for n in (16, 64)),
     }
     assert {key[-1] for key, row in rows.items() if row["status"] != OK} == {FLEX}

@@ -74,17 +74,23 @@ def no_evaluation(monkeypatch):
     monkeypatch.setattr(extrapolation, "evaluate_extrapolation", raising(AssertionError("a model was evaluated")))
 
 
+@pytest.fixture
+def results(command):
+    return command()
+
+
 def test_a_run_writes_everything_it_found(command, tmp_path, capsys):
-    results = command()
-    out = tmp_path / "out"
+    results, out = command(), tmp_path / "out"
     assert {path.name for path in out.iterdir()} == FILES
     assert all(path.stat().st_size > 200 for path in out.iterdir())
     assert json.loads((out / "results.json").read_text()) == {"schema": 3, **json.loads(json.dumps(results))}
-    rows = {(r["model"], r["protocol"], r["length"], r["context"]): r for r in results["rows"]}
+    for name in ("results.json", "results.csv", "report.md", "report.html"):
+        assert str(tmp_path) not in (out / name).read_text(encoding="utf-8")  # no absolute paths
+    rows = by_key(results)
     # Two protocols, three lengths; the unconverted model has a cropped baseline too.
     assert len(rows) == len(results["rows"]) == 2 * 3 * 3
-    assert rows["original", "sliding", 32, "full"]["reason"] == "learned position table has 16 rows"
-    cropped, full = rows["original", "sliding", 64, "cropped"], rows["original", "sliding", 16, "full"]
+    assert rows["original", "full", "sliding", 32]["reason"] == "learned position table has 16 rows"
+    cropped, full = rows["original", "cropped", "sliding", 64], rows["original", "full", "sliding", 16]
     assert cropped["perplexity"] == full["perplexity"]
     assert all(200 < r["perplexity"] < 400 for r in rows.values() if r["status"] == "ok")
     printed = capsys.readouterr().out
@@ -92,8 +98,7 @@ def test_a_run_writes_everything_it_found(command, tmp_path, capsys):
     assert all(name in printed for name in FILES)
 
 
-def test_numbers_are_those_of_the_model_in_the_folder(command, models):
-    results = command()
+def test_numbers_are_those_of_the_model_in_the_folder(results, models):
     model = hf_alibi.AlibiGPT2LMHeadModel.from_pretrained(models["alibi"])
     # The end-of-sequence token, the last of the 128, stands for no byte.
     direct = direct_rows(model, load_tokenizer("bytes")(TEXT).input_ids, num_bytes=127)
@@ -101,12 +106,6 @@ def test_numbers_are_those_of_the_model_in_the_folder(command, models):
     for row, expected in zip(given, direct, strict=True):
         assert row["nats_per_token"] == pytest.approx(expected.nats_per_token, abs=1e-6)
         assert row["bits_per_byte"] == pytest.approx(expected.bits_per_byte, abs=1e-6)
-
-
-def test_results_hold_no_absolute_path(command, tmp_path):
-    command()
-    for name in ("results.json", "results.csv", "report.md", "report.html"):
-        assert str(tmp_path) not in (tmp_path / "out" / name).read_text(encoding="utf-8")
 
 
 def test_defaults_reach_sixteen_times_the_training_length():
@@ -155,18 +154,15 @@ class TestBaselines:
         for row in direct_rows(model, load_tokenizer("bytes")(TEXT).input_ids):
             given = results["original", "rope_dynamic", row.protocol, row.length]
             assert given["nats_per_token"] == pytest.approx(row.nats_per_token, abs=1e-5)
-        assert results["original", "rope_dynamic", "sliding", 32]["perplexity"] == pytest.approx(
-            results["original", "full", "sliding", 32]["perplexity"]
-        )
+        own, dynamic = (results["original", context, "sliding", 32] for context in ("full", "rope_dynamic"))
+        assert dynamic["perplexity"] == pytest.approx(own["perplexity"])
         for context in BASELINE_LABELS:
             assert results["original", context, "sliding", 64] != results["original", "full", "sliding", 64]
 
     def test_the_window_at_the_training_length_is_the_model_itself(self, command, rotary):
         rows = by_key(command(models=rotary, baselines=["sliding_window"]))
-        own, windowed = (
-            rows["original", context, "sliding", 16]["perplexity"] for context in ("full", "sliding_window")
-        )
-        assert windowed == pytest.approx(own, rel=1e-5)
+        own, windowed = (rows["original", context, "sliding", 16] for context in ("full", "sliding_window"))
+        assert windowed["perplexity"] == pytest.approx(own["perplexity"], rel=1e-5)
 
     def test_what_is_left_out_is_in_the_report(self, command, rotary, tmp_path):
         results = command(models=rotary, baselines=["all"], lengths=[16, 32], scored_tokens=64)
@@ -180,8 +176,7 @@ class TestBaselines:
 
 
 class TestIntervals:
-    def test_every_number_has_one_and_the_file_says_how(self, command, tmp_path):
-        results = command()
+    def test_every_number_has_one_and_the_file_says_how(self, results, tmp_path):
         for row in results["rows"]:
             low, high = row["perplexity_low"], row["perplexity_high"]
             assert (low is None) == (row["status"] != "ok")
@@ -192,15 +187,14 @@ class TestIntervals:
         assert "perplexity_low,perplexity_high" in (tmp_path / "out" / "results.csv").read_text(encoding="utf-8")
 
     def test_documents_are_those_of_the_text(self, command, tmp_path):
-        lines = "".join(json.dumps({"text": f"{n}"}) + "\n" for n in range(300))
-        (tmp_path / "many.jsonl").write_text(lines)
-        results = command(train_file=[str(tmp_path / "many.jsonl")])
+        path = tmp_path / "many.jsonl"
+        path.write_text("".join(json.dumps({"text": f"{n}"}) + "\n" for n in range(300)))
+        results = command(train_file=[str(path)])
         scored = "".join(f"{n}|" for n in range(300))[-128:]
         assert results["intervals"]["unit"] == "documents"
         assert results["intervals"]["units"] == scored.count("|")
 
-    def test_the_converted_model_is_compared_with_every_other_line(self, command):
-        results = command()
+    def test_the_converted_model_is_compared_with_every_other_line(self, results):
         against = {
             (e["against_model"], e["against_context"], e["length"])
             for e in results["comparisons"]
@@ -211,9 +205,8 @@ class TestIntervals:
 
 
 def test_the_passkey_probe_asks_all_models_and_baselines(command, rotary, tmp_path, capsys):
-    results = command(
-        models=rotary, baselines=["rope_yarn"], passkey_cases=2, passkey_lengths=[160, 200], passkey_depths=[0, 1]
-    )
+    asked = {"passkey_cases": 2, "passkey_lengths": [160, 200], "passkey_depths": [0, 1]}
+    results = command(models=rotary, baselines=["rope_yarn"], **asked)
     probe = results["passkey"]
     assert (probe["lengths"], probe["depths"], probe["cases"]) == ([160, 200], [0.0, 1.0], 2)
     asked = {(row["model"], row["context"], row["length"], row["depth"]) for row in probe["rows"]}

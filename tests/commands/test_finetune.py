@@ -363,10 +363,7 @@ def stops(message, *words, trains=False, **values):
         ({"output_dir": "text.txt/run"}, "Not a directory"),
         ({"resume_from_checkpoint": "gone"}, "gone is not a complete checkpoint"),
         ({"validation_fraction": 0.0}, "the held-out text has 0 tokens"),
-        (
-            {"model_config": {"model_type": "bloom", "hidden_size": 16, "n_head": 2, "n_layer": 1}},
-            "cannot convert the model to ALiBi: no ALiBi for model_type 'bloom'",
-        ),
+        ({"model_config": {"model_type": "bloom"}}, "cannot convert the model to ALiBi: no ALiBi for .* 'bloom'"),
     ],
 )
 def test_refused_before_training(values, message):

@@ -113,11 +113,9 @@ def test_prompt_and_answer_have_exactly_the_length(tokenizer, text, length, dept
 def test_the_key_stands_at_its_depth(tokenizer, text):
     for depth in (0.0, 0.25, 0.5, 1.0):
         words = tokenizer.decode(text.case(length=2000, depth=depth, key=12345).tokens.tolist())
-        before, after = re.match(
-            r"(?s)A pass.*?Remember it\.(.*)\nThe pass key is 12345. Remember it\.(.*)\nWhat", words
-        ).groups()
-        share = len(tokenizer.encode(before)) / (len(tokenizer.encode(before)) + len(tokenizer.encode(after)))
-        assert share == pytest.approx(depth, abs=0.01)
+        pattern = r"(?s)A pass.*?Remember it\.(.*)\nThe pass key is 12345. Remember it\.(.*)\nWhat"
+        before, after = (len(tokenizer.encode(part)) for part in re.match(pattern, words).groups())
+        assert before / (before + after) == pytest.approx(depth, abs=0.01)
 
 
 def test_an_oracle_finds_every_key_and_a_blind_model_none(tokenizer, text):
@@ -168,10 +166,9 @@ def test_equals_greedy_generation():
 def test_cases_are_the_same_for_all_models_and_at_every_call(tokenizer):
     asked = []
     for _ in range(2):
-        text, seen = PasskeyText(tokenizer), []
-        found(Reader(tokenizer, lambda ids, seen=seen: seen.append(tuple(ids)) or 3), text)
-        asked.append(seen)
-    assert asked[0] == asked[1]
+        found(Reader(tokenizer, lambda ids: asked.append(tuple(ids)) or 3), PasskeyText(tokenizer))
+    half = len(asked) // 2
+    assert asked[:half] == asked[half:]
     cell = PROBE.cell(PasskeyText(tokenizer), 330, 0.5)
     assert len({tuple(case.tokens.tolist()) for case in cell}) == 4
     other = PasskeyProbe(lengths=[330], depths=[0.5], cases=4, seed=1).cell(PasskeyText(tokenizer), 330, 0.5)
