@@ -264,20 +264,20 @@ def test_each_model_has_its_own_limit_and_training(written):
     assert r"| p\|q | not said |" in written(results)
 
 
-NO_BOS, BOS = {"document_bos": None, "window_bos": None}, {"document_bos": "<s>", "window_bos": "<s>"}
-
-
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (NO_BOS, "documents do not begin with a beginning-of-sequence token; nor does any window."),
-        (BOS, "begins with `<s>`; every window begins with `<s>`, in place of its oldest token."),
+        ({}, "documents do not begin with a beginning-of-sequence token; nor does any window."),
         (
-            {**BOS, "window_bos": None},
+            {"document_bos": "<s>", "window_bos": "<s>"},
+            "begins with `<s>`; every window begins with `<s>`, in place of its oldest token.",
+        ),
+        (
+            {"document_bos": "<s>"},
             "every document begins with `<s>`; windows begin in the middle of documents, without one.",
         ),
         (
-            {**BOS, "document_bos": None},
+            {"window_bos": "<s>"},
             "documents do not begin with one; every window begins with `<s>`, in place of its oldest token.",
         ),
         ({"stride": 16}, "## Sliding window, stride 16 tokens"),
