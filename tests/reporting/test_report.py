@@ -31,11 +31,19 @@ def results_with_keys(alibi):
     return with_keys(results_of(), {ALIBI: alibi, ORIGINAL: (10, None)}, lengths=[128, 2048])
 
 
+def results_with(values, *where):
+    """The same, with these values at that place."""
+    results = place = results_of()
+    for name in where:
+        place = place[name]
+    place |= values
+    return results
+
+
 def trained(steps, tokens, *, model="alibi", continued=False):
     """The same, with a model that was trained so."""
-    results = results_of()
-    results["models"][model]["training"] = {"steps": steps, "tokens": tokens, "distilled": 0, "continued": continued}
-    return results
+    training = {"steps": steps, "tokens": tokens, "distilled": 0, "continued": continued}
+    return results_with({"training": training}, "models", model)
 
 
 @pytest.fixture
@@ -120,15 +128,13 @@ class TestTraining:
         assert len(findings(written(trained(50, 100_000)))) == 5
 
     def test_an_original_as_it_was_given_is_judged(self, written):
-        results = results_of()
-        results["models"]["original"]["training"] = None
+        results = results_with({"training": None}, "models", "original")
         assert findings(written(results))[0].endswith("; how long **original** was trained is not known.")
         assert len(findings(written(results))) == 5
 
     def test_a_comparison_of_unequal_training_gives_no_advice_and_no_price(self, written):
-        unknown, little = results_of(), trained(3, 192, model="original")
-        unknown["models"]["original"]["training"] = None
-        for text in map(written, (unknown, little)):
+        unknown = results_with({"training": None}, "models", "original")
+        for text in map(written, (unknown, trained(3, 192, model="original"))):
             assert says(text, "best form").endswith("(27.00 against 30.00).")
             assert says(text, "the length of the training").endswith(
                 "not known to be trained alike, so not the price of the conversion alone."
@@ -254,14 +260,11 @@ def test_every_comparison_is_in_a_table_of_ratios(written):
 
 
 def test_each_model_has_its_own_limit_and_training(written):
-    results = results_of()
-    results["models"]["original"] |= {"made_for": 8192, "training": None}
-    text = written(results)
+    text = written(results_with({"made_for": 8192, "training": None}, "models", "original"))
     assert "| ALiBi | any length, trained at 128 | 2,000 steps, 1,000,000 tokens |" in text
     assert r"| p\|q | 8,192 tokens | not known |" in text
     assert "how many times the 128 tokens it is that conversions are trained at" in text
-    results["models"]["original"]["made_for"] = None
-    assert r"| p\|q | not said |" in written(results)
+    assert r"| p\|q | not said |" in written(results_with({"made_for": None}, "models", "original"))
 
 
 @pytest.mark.parametrize(
@@ -285,32 +288,26 @@ def test_each_model_has_its_own_limit_and_training(written):
     ],
 )
 def test_the_beginning_of_sequence_and_a_fixed_stride_are_told(written, settings, words):
-    results = results_of()
-    results["settings"] |= settings
-    assert words in written(results)
+    assert words in written(results_with(settings, "settings"))
 
 
 def test_one_window_is_singular(written):
-    results = results_of()
-    results["position_loss"]["alibi"]["windows"] = 1
-    text = written(results)
+    text = written(results_with({"windows": 1}, "position_loss", "alibi"))
     assert "alibi: 1 window of 2048 tokens" in text
     assert "original: 2 windows of 2048 tokens" in text
 
 
-def test_it_says_how_intervals_were_made(written):
-    results = results_of()
-    assert "95% percentile bootstrap, 2000 resamples, documents drawn with replacement, 40 of them" in written(results)
-    results["intervals"] |= {"unit": "blocks", "units": 32, "documents": 3, "block_tokens": 256}
-    text = written(results)
+def test_it_says_how_intervals_were_made(text, written):
+    assert "95% percentile bootstrap, 2000 resamples, documents drawn with replacement, 40 of them" in text
+    blocks = {"unit": "blocks", "units": 32, "documents": 3, "block_tokens": 256}
+    text = written(results_with(blocks, "intervals"))
     assert "blocks of 256 neighbouring tokens drawn with replacement, 32 of them" in text
     assert "documents in the scored tokens: 3, too few to draw from" in text
 
 
 def test_what_is_left_out_is_said_with_the_reason(written):
-    results = results_of()
-    results["models"]["original"]["left_out"] = {"rope_yarn": "of this", "rope_linear": "of this", "x": "of that"}
-    text = written(results)
+    left_out = {"rope_yarn": "of this", "rope_linear": "of this", "x": "of that"}
+    text = written(results_with({"left_out": left_out}, "models", "original"))
     assert "- **original** has no `rope_yarn` or `rope_linear`: of this." in text
     assert "- **original** has no `x`: of that." in text
 
@@ -322,9 +319,9 @@ def test_it_says_what_was_compared_and_what_is_not_shown(text):
     assert "None" not in text
 
 
-def test_the_cropped_baseline_is_explained_where_there_is_one(written):
+def test_the_cropped_baseline_is_explained_where_there_is_one(text, written):
     reason = "which reads only the last 128 tokens at every length"
-    assert reason in written(results_of())
+    assert reason in text
     without = written(results_of(cropped=False))
     assert reason not in without
     assert "cropped" not in without
