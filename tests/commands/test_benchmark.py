@@ -1,7 +1,8 @@
 """Ratios are computed right, variants do what they say, and a run leaves every row; no speed is tested."""
 
 import json
-from contextlib import contextmanager
+from contextlib import nullcontext
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -292,12 +293,7 @@ def test_parts_are_written_as_they_are_done(command, tmp_path, monkeypatch):
 def checkpoint(tmp_path, monkeypatch):
     """An unconverted model with a tokenizer, and an attention whose reads are known."""
     reads = SimpleNamespace(layer=None, pairs=(10, 5, 5, 4), causal_pairs=10, windows=(8, 4, 4, 2))
-
-    @contextmanager
-    def record_reads():
-        yield [reads]
-
-    monkeypatch.setattr(model_workloads, "record_reads", record_reads)
+    monkeypatch.setattr(model_workloads, "record_reads", lambda: nullcontext([reads]))
     folder = save(stock_model("llama", vocab_size=BYTES), tmp_path / "model")
     text = tmp_path / "text.txt"
     text.write_text("A plain text, again and again. " * 4, encoding="utf-8")
@@ -311,9 +307,7 @@ def test_activations_are_those_of_each_layer(command, checkpoint, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"benchmark.json", "benchmark.csv"}
     rows = {(row["length"], row["subject"], row["variant"]): row for row in results["rows"]}
     layers = ["model.layers.0.self_attn", "model.layers.1.self_attn"]
-    assert list(rows) == [
-        (n, s, variant) for n in (32, 64) for s in (*layers, "all layers") for variant in ("causal", "sdpa")
-    ]
+    assert list(rows) == list(product((32, 64), (*layers, "all layers"), ("causal", "sdpa")))
     assert {row["what"] for row in rows.values()} == {"converted here, untrained"}
     one = rows[64, layers[0], "sdpa"]
     assert (one["pairs_kept"], one["pairs"], one["causal_pairs"]) == (0.6, [10, 5, 5, 4], 10)
@@ -321,9 +315,7 @@ def test_activations_are_those_of_each_layer(command, checkpoint, tmp_path):
     assert total["seconds"] == pytest.approx(sum(rows[64, layer, "sdpa"]["seconds"] for layer in layers))
     assert total["ratio"] == pytest.approx(total["seconds"] / rows[64, "all layers", "causal"]["seconds"])
     assert total["pairs_kept"] == 0.6
-    assert (total["ratio_low"], total["ratio_high"]) == tuple(
-        sorted(rows[64, layer, "sdpa"]["ratio"] for layer in layers)
-    )
+    assert [total["ratio_low"], total["ratio_high"]] == sorted(rows[64, layer, "sdpa"]["ratio"] for layer in layers)
 
 
 def test_a_call_without_windows_reads_everything():

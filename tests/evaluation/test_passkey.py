@@ -63,13 +63,13 @@ def test_prompts_begin_with_the_beginning_of_sequence_if_told(tokenizer):
 
 
 class Reader(nn.Module):
-    """Says at each answer position what `said(text so far)` gives; `keep` is whether it takes logits_to_keep."""
+    """Says at each answer position what `said(text so far)` gives."""
 
     device = torch.device("cpu")
 
-    def __init__(self, tokenizer, said):
+    def __init__(self, said):
         super().__init__()
-        self.tokenizer, self.said, self.computed = tokenizer, said, []
+        self.said, self.computed = said, []
 
     def forward(self, input_ids, use_cache, logits_to_keep=0):
         positions = range(input_ids.shape[1])[-logits_to_keep or None :]
@@ -83,7 +83,6 @@ class Reader(nn.Module):
 
 def oracle(tokenizer, *, sees=10**6):
     """What follows after the beginning of the key: the rest of the key, if it is among the last `sees` tokens."""
-
     before_key = tokenizer.encode("\nThe pass key is", add_special_tokens=False)
     question = tokenizer.encode("\n" + QUESTION, add_special_tokens=False)
 
@@ -94,7 +93,7 @@ def oracle(tokenizer, *, sees=10**6):
             return 0
         return ids[starts[0] + len(before_key) + len(ids) - asked]
 
-    return Reader(tokenizer, said)
+    return Reader(said)
 
 
 @pytest.mark.parametrize("length", [150, 151, 177, 1000])
@@ -123,7 +122,7 @@ def test_an_oracle_finds_every_key_and_a_blind_model_none(tokenizer, text):
     assert [(row.length, row.depth) for row in rows] == [(n, d) for n in (200, 330) for d in (0.0, 0.5, 1.0, None)]
     assert all(row.found == row.cases == (12 if row.depth is None else 4) for row in rows)
     assert all(row.low < row.high == 1.0 and row.status == "ok" for row in rows)
-    blind = found(Reader(tokenizer, lambda ids: 3), text)
+    blind = found(Reader(lambda ids: 3), text)
     assert all(row.found == row.low == 0 < row.high for row in blind)
 
 
@@ -140,7 +139,7 @@ def test_half_a_key_does_not_count(tokenizer, text):
     def all_but_the_last(ids):
         return right.said(ids) if tokenizer.decode(ids).endswith("pass key is") else 3
 
-    rows = found(Reader(tokenizer, all_but_the_last), text)
+    rows = found(Reader(all_but_the_last), text)
     assert all(row.found == 0 for row in rows)
 
 
@@ -166,7 +165,7 @@ def test_equals_greedy_generation():
 def test_cases_are_the_same_for_all_models_and_at_every_call(tokenizer):
     asked = []
     for _ in range(2):
-        found(Reader(tokenizer, lambda ids: asked.append(tuple(ids)) or 3), PasskeyText(tokenizer))
+        found(Reader(lambda ids: asked.append(tuple(ids)) or 3), PasskeyText(tokenizer))
     half = len(asked) // 2
     assert asked[:half] == asked[half:]
     cell = PROBE.cell(PasskeyText(tokenizer), 330, 0.5)
