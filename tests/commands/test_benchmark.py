@@ -1,16 +1,16 @@
 """Ratios are computed right, variants do what they say, and a run leaves every row; no speed is tested."""
 
 import json
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import nullcontext
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import ByT5Tokenizer, StaticCache
+from transformers import StaticCache
 
 from helpers.models import stock_model
+from helpers.runs import BYTES, config_file, drop_weight, raising, refused, save
 from hf_alibi import cli
 from hf_alibi.attention.backends import BACKENDS
 from hf_alibi.benchmark import attention_cases as workloads
@@ -19,13 +19,26 @@ from hf_alibi.benchmark.settings import BenchmarkArguments
 from hf_alibi.benchmark.timing import OK, Stopwatch, allocated_peak
 from hf_alibi.commands import benchmark as run_module
 from hf_alibi.commands.benchmark import benchmark, growth_rows
-from hf_alibi.errors import InputError
 from hf_alibi.reporting import plots
 from hf_alibi.reporting.plots import cost_by_length
 
 CPU = torch.device("cpu")
 FLEX = "flex_attention"
 VARIANTS = ["causal", "sdpa", "dense_bias", "eager", FLEX]
+TINY = {
+    "lengths": [16, 64],
+    "heads": 4,
+    "head_dim": 8,
+    "model_lengths": [16],
+    "model_layers": 1,
+    "model_key_value_heads": 2,
+    "vocab_size": 50,
+    "contexts": [16],
+    "sequence_lengths": [16, 64],
+    "repeats": 2,
+    "seconds": 0.0,
+    "memory_limit": 0.25,
+}
 
 
 class Machine:
@@ -36,7 +49,7 @@ class Machine:
         self.calls = []
         self.load = load
 
-    def variant(self, name, *seconds):
+    def variant(self, name, seconds):
         def run():
             times = self.calls.count(name)
             self.now += seconds[times % len(seconds)] * self.load(len(self.calls))
@@ -44,19 +57,17 @@ class Machine:
 
         return run
 
-    def watch(self, repeats, seconds=0.0):
-        return Stopwatch(repeats, seconds, clock=lambda: self.now)
-
-
-def by_side(rows):
-    return {row["variant"]: row for row in rows}
+    def compare(self, repeats, *, seconds=0.0, **variants):
+        """The rows of variants that take these times in turn, or cannot run for the reason given."""
+        watch = Stopwatch(repeats, seconds, clock=lambda: self.now)
+        runs = {name: each if isinstance(each, str) else self.variant(name, each) for name, each in variants.items()}
+        return watch.compare(runs, baseline="a")
 
 
 def test_a_side_twice_as_slow_is_twice_as_slow():
     machine = Machine()
-    rows = machine.watch(3).compare({"a": machine.variant("a", 0.5), "b": machine.variant("b", 1.0)}, baseline="a")
+    a, b = machine.compare(3, a=[0.5], b=[1.0])
     assert machine.calls == ["a", "b"] * 4
-    a, b = rows
     assert (a["variant"], a["seconds"], a["ratio"]) == ("a", 0.5, 1.0)
     assert (b["variant"], b["seconds"], b["ratio"], b["ratio_low"], b["ratio_high"]) == ("b", 1.0, 2.0, 2.0, 2.0)
     assert (b["status"], b["repeats"], b["times"]) == (OK, 3, [1.0] * 3)
@@ -64,16 +75,13 @@ def test_a_side_twice_as_slow_is_twice_as_slow():
 
 def test_a_machine_that_becomes_slower_changes_no_ratio():
     machine = Machine(load=lambda call: 1.0 + call // 2)  # a round more, a unit slower
-    variants = {"a": machine.variant("a", 1.0), "b": machine.variant("b", 2.0)}
-    b = by_side(machine.watch(5).compare(variants, baseline="a"))["b"]
+    _, b = machine.compare(5, a=[1.0], b=[2.0])
     assert b["times"] == [4.0, 6.0, 8.0, 10.0, 12.0]
     assert (b["seconds"], b["ratio"], b["ratio_low"], b["ratio_high"]) == (8.0, 2.0, 2.0, 2.0)
 
 
 def test_the_ratio_is_the_median_of_those_of_the_rounds():
-    machine = Machine()
-    variants = {"a": machine.variant("a", 99.0, 1.0, 2.0, 10.0), "b": machine.variant("b", 99.0, 4.0, 2.0, 5.0)}
-    b = by_side(machine.watch(3).compare(variants, baseline="a"))["b"]
+    _, b = Machine().compare(3, a=[99.0, 1.0, 2.0, 10.0], b=[99.0, 4.0, 2.0, 5.0])
     assert b["times"] == [4.0, 2.0, 5.0]  # the first round does not count
     assert b["seconds"] == 4.0
     # Of 4, 1 and 0.5; the ratio of the medians would be 2.
@@ -81,32 +89,25 @@ def test_the_ratio_is_the_median_of_those_of_the_rounds():
 
 
 def test_one_round_is_its_own_spread():
-    machine = Machine()
-    rows = machine.watch(1).compare({"a": machine.variant("a", 1.0), "b": machine.variant("b", 3.0)}, baseline="a")
+    rows = Machine().compare(1, a=[1.0], b=[3.0])
     assert [(row["ratio_low"], row["ratio"], row["ratio_high"]) for row in rows] == [(1.0,) * 3, (3.0,) * 3]
 
 
 def test_short_calls_are_repeated_until_the_time_is_up():
-    machine = Machine()
-    variants = {"a": machine.variant("a", 0.25), "b": machine.variant("b", 0.25)}
-    assert {row["repeats"] for row in machine.watch(2, seconds=2.0).compare(variants, baseline="a")} == {4}
+    assert {row["repeats"] for row in Machine().compare(2, seconds=2.0, a=[0.25], b=[0.25])} == {4}
 
 
 def test_a_side_that_cannot_run_says_why():
-    machine = Machine()
-    rows = machine.watch(1).compare({"a": "too big", "b": machine.variant("b", 1.0)}, baseline="a")
+    rows = Machine().compare(1, a="too big", b=[1.0])
     assert [row["status"] for row in rows] == ["too big", OK]
     assert (rows[0]["seconds"], rows[0]["times"], rows[1]["seconds"]) == (None, [], 1.0)
     assert rows[1]["ratio"] is None
-    assert [row["status"] for row in Stopwatch(1, seconds=1.0).compare({"a": "no"}, baseline="a")] == ["no"]
+    assert [row["status"] for row in Machine().compare(1, seconds=1.0, a="no")] == ["no"]
 
 
 def test_an_unexpected_error_is_raised():
-    def broken():
-        raise ZeroDivisionError
-
     with pytest.raises(ZeroDivisionError):
-        Stopwatch(1).compare({"a": broken}, baseline="a")
+        Stopwatch(1).compare({"a": raising(ZeroDivisionError)}, baseline="a")
 
 
 def test_the_peak_counts_what_was_freed_again_and_buffers_inside_kernels():
@@ -134,17 +135,7 @@ def _no_flex(monkeypatch):
 
 
 def arguments(**changes):
-    return BenchmarkArguments(
-        **{
-            "output_dir": "out",
-            "heads": 6,
-            "key_value_heads": 2,
-            "model_key_value_heads": 2,
-            "head_dim": 8,
-            "lengths": [64],
-            **changes,
-        }
-    )
+    return BenchmarkArguments(**{"output_dir": "out", **TINY, "heads": 6, "key_value_heads": 2, **changes})
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -189,22 +180,15 @@ def test_flex_attention_runs_where_it_can_and_says_why_where_not(monkeypatch):
     assert reason() == OK
     assert reason(backward=True) == "flex_attention has no backward on CPU"
 
-    def broken(*args):
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setitem(workloads.BACKENDS, FLEX, broken)
+    monkeypatch.setitem(workloads.BACKENDS, FLEX, raising(RuntimeError("no compiler")))
     assert reason() == "failed: no compiler"
 
 
 @pytest.mark.parametrize("shape", model_workloads._SHAPES)
 @pytest.mark.parametrize("kind", model_workloads._CACHES)
 def test_every_decode_step_has_the_same_context(monkeypatch, shape, kind):
-    args = arguments(model_layers=2, vocab_size=50, contexts=[16])
-    (case,) = [
-        case
-        for case in model_workloads.decode_cases(args, CPU)
-        if (case.subject, case.what) == (shape, f"{kind} cache")
-    ]
+    cases = model_workloads.decode_cases(arguments(model_layers=2), CPU)
+    (case,) = [case for case in cases if (case.subject, case.what) == (shape, f"{kind} cache")]
     caches, logits = [], {}
     forget = model_workloads._forget_last
 
@@ -214,10 +198,7 @@ def test_every_decode_step_has_the_same_context(monkeypatch, shape, kind):
 
     def compare(self, variants, **kwargs):
         caches.clear()
-        for name, step in variants.items():
-            logits[name] = []
-            for _ in range(3):
-                logits[name].append(step())
+        logits.update({name: [step() for _ in range(3)] for name, step in variants.items()})
         return []
 
     monkeypatch.setattr(model_workloads, "_forget_last", looked_at)
@@ -225,25 +206,19 @@ def test_every_decode_step_has_the_same_context(monkeypatch, shape, kind):
     case.measure(Stopwatch(1))
     assert caches == [(kind == "static", [16, 16])] * 6 + [(False, [16, 16])] * 3
     for steps in logits.values():
-        assert torch.equal(steps[0], steps[1])
-        assert torch.equal(steps[0], steps[2])
+        assert all(torch.equal(steps[0], step) for step in steps)
     # The same weights, cache and token: only the bias is new.
     assert not torch.equal(logits["unconverted"][0], logits["converted"][0])
     assert torch.allclose(logits["converted, AlibiCache"][0], logits["converted"][0], atol=1e-5)
 
 
 def test_growth_is_that_of_the_cost_per_token():
-    def row(variant, length, cost, what="forward"):
-        return {
-            "part": "attention",
-            "what": what,
-            "variant": variant,
-            "length": length,
-            "microseconds_per_token": cost,
-        }
+    def row(variant, length, cost):
+        named = {"part": "attention", "what": "forward", "variant": variant, "length": length}
+        return {**named, "microseconds_per_token": cost}
 
     rows = [row("a", 16, 2.0), row("a", 64, 5.0), row("b", 16, 1.0), row("b", 64, None), row("c", 64, 1.0)]
-    grown = by_side(growth_rows([*rows, row("a", 32, 9.0)]))
+    grown = {each["variant"]: each for each in growth_rows([*rows, row("a", 32, 9.0)])}
     assert (grown["a"]["growth"], grown["a"]["growth_from"], grown["a"]["length"]) == (2.5, 16, 64)
     assert grown["b"]["status"] == "not timed at 64 tokens"
     assert grown["c"]["status"] == "not timed at 16 tokens"
@@ -252,29 +227,8 @@ def test_growth_is_that_of_the_cost_per_token():
 @pytest.fixture
 def command(tmp_path):
     """Run with these settings in a tiny shape."""
-
-    def run(**changes):
-        settings = {
-            "output_dir": str(tmp_path / "out"),
-            "lengths": [16, 64],
-            "heads": 4,
-            "head_dim": 8,
-            "model_lengths": [16],
-            "model_layers": 1,
-            "model_key_value_heads": 2,
-            "vocab_size": 50,
-            "contexts": [16],
-            "sequence_lengths": [16, 64],
-            "repeats": 2,
-            "seconds": 0.0,
-            "memory_limit": 0.25,
-            **changes,
-        }
-        config = tmp_path / "config.yaml"
-        config.write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
-        return benchmark([str(config)])
-
-    return run
+    output_dir, config = str(tmp_path / "out"), tmp_path / "config.yaml"
+    return lambda **changes: benchmark(config_file({"output_dir": output_dir, **TINY, **changes}, config))
 
 
 def test_a_run_leaves_a_row_for_every_side(command, tmp_path, capsys, monkeypatch):
@@ -286,23 +240,14 @@ def test_a_run_leaves_a_row_for_every_side(command, tmp_path, capsys, monkeypatc
     assert str(tmp_path) not in (out / "benchmark.json").read_text()
     rows = {(r["part"], r["subject"], r["what"], r["length"], r["variant"]): r for r in results["rows"]}
     assert len(rows) == len(results["rows"])
-    both = ["unconverted", "converted"]
+    ways, models, both = ("forward", "forward_backward"), ("gpt2", "llama"), ("unconverted", "converted")
+    cached = (*both, "converted, AlibiCache")
     assert set(rows) == {
-        *(
-            ("attention", "attention", w, n, s)
-            for w in ("forward", "forward_backward")
-            for n in (16, 64)
-            for s in VARIANTS
-        ),
-        *(("growth", "attention", w, 64, s) for w in ("forward", "forward_backward") for s in VARIANTS),
-        *(("memory", "attention", "forward", n, s) for n in (16, 64) for s in VARIANTS),
-        *(("model", f, w, 16, s) for f in ("gpt2", "llama") for w in ("forward", "training_step") for s in both),
-        *(
-            ("decode", f, w, 16, s)
-            for f in ("gpt2", "llama")
-            for w in ("dynamic cache", "static cache")
-            for s in (*both, "converted, AlibiCache")
-        ),
+        *(("attention", "attention", way, n, side) for way in ways for n in (16, 64) for side in VARIANTS),
+        *(("growth", "attention", way, 64, side) for way in ways for side in VARIANTS),
+        *(("memory", "attention", "forward", n, side) for n in (16, 64) for side in VARIANTS),
+        *(("model", m, what, 16, side) for m in models for what in ("forward", "training_step") for side in both),
+        *(("decode", m, f"{kind} cache", 16, s) for m in models for kind in ("dynamic", "static") for s in cached),
         *(("sequence", "small model", "perplexity", 64, f"{n} tokens") for n in (16, 64)),
     }
     assert {key[-1] for key, row in rows.items() if row["status"] != OK} == {FLEX}
@@ -337,10 +282,7 @@ def test_a_side_without_memory_is_a_row_with_the_reason(command):
 
 
 def test_parts_are_written_as_they_are_done(command, tmp_path, monkeypatch):
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(workloads, "allocated_peak", interrupt)
+    monkeypatch.setattr(workloads, "allocated_peak", raising(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         command()
     rows = json.loads((tmp_path / "out" / "benchmark.json").read_text())["rows"]
@@ -351,17 +293,11 @@ def test_parts_are_written_as_they_are_done(command, tmp_path, monkeypatch):
 def checkpoint(tmp_path, monkeypatch):
     """An unconverted model with a tokenizer, and an attention whose reads are known."""
     reads = SimpleNamespace(layer=None, pairs=(10, 5, 5, 4), causal_pairs=10, windows=(8, 4, 4, 2))
-
-    @contextmanager
-    def record_reads():
-        yield [reads]
-
-    monkeypatch.setattr(model_workloads, "record_reads", record_reads)
-    stock_model("llama", vocab_size=259).save_pretrained(tmp_path / "model")
-    ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(model_workloads, "record_reads", lambda: nullcontext([reads]))
+    folder = save(stock_model("llama", vocab_size=BYTES), tmp_path / "model")
     text = tmp_path / "text.txt"
     text.write_text("A plain text, again and again. " * 4, encoding="utf-8")
-    return {"model_name_or_path": str(tmp_path / "model"), "text": str(text), "parts": ["activations"]}
+    return {"model_name_or_path": folder, "text": str(text), "parts": ["activations"]}
 
 
 def test_activations_are_those_of_each_layer(command, checkpoint, tmp_path):
@@ -371,9 +307,7 @@ def test_activations_are_those_of_each_layer(command, checkpoint, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"benchmark.json", "benchmark.csv"}
     rows = {(row["length"], row["subject"], row["variant"]): row for row in results["rows"]}
     layers = ["model.layers.0.self_attn", "model.layers.1.self_attn"]
-    assert list(rows) == [
-        (n, s, variant) for n in (32, 64) for s in (*layers, "all layers") for variant in ("causal", "sdpa")
-    ]
+    assert list(rows) == list(product((32, 64), (*layers, "all layers"), ("causal", "sdpa")))
     assert {row["what"] for row in rows.values()} == {"converted here, untrained"}
     one = rows[64, layers[0], "sdpa"]
     assert (one["pairs_kept"], one["pairs"], one["causal_pairs"]) == (0.6, [10, 5, 5, 4], 10)
@@ -381,9 +315,7 @@ def test_activations_are_those_of_each_layer(command, checkpoint, tmp_path):
     assert total["seconds"] == pytest.approx(sum(rows[64, layer, "sdpa"]["seconds"] for layer in layers))
     assert total["ratio"] == pytest.approx(total["seconds"] / rows[64, "all layers", "causal"]["seconds"])
     assert total["pairs_kept"] == 0.6
-    assert (total["ratio_low"], total["ratio_high"]) == tuple(
-        sorted(rows[64, layer, "sdpa"]["ratio"] for layer in layers)
-    )
+    assert [total["ratio_low"], total["ratio_high"]] == sorted(rows[64, layer, "sdpa"]["ratio"] for layer in layers)
 
 
 def test_a_call_without_windows_reads_everything():
@@ -407,29 +339,26 @@ def test_a_call_without_windows_reads_everything():
 )
 def test_what_cannot_be_used_is_refused_before_anything_is_timed(command, tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr(Stopwatch, "compare", None)
-    with pytest.raises(InputError, match=message):
+    with refused(message):
         command(**changes)
     assert not (tmp_path / "out").exists()
 
 
 def test_weights_that_are_missing_are_not_timed_as_random_ones(command, checkpoint):
-    path = Path(checkpoint["model_name_or_path"]) / "model.safetensors"
-    weights = load_file(path)
-    missing = next(name for name in weights if name.endswith("mlp.down_proj.weight"))
-    save_file({name: value for name, value in weights.items() if name != missing}, path, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=f"lacks 1 of its weights .{missing}"):
+    missing = drop_weight(checkpoint["model_name_or_path"], "mlp.down_proj.weight")
+    with refused(f"lacks 1 of its weights .{missing}"):
         command(**checkpoint)
 
 
 def test_a_text_that_is_too_short_is_refused(command, checkpoint):
-    with pytest.raises(InputError, match="has 125 tokens, and activation_lengths asks for 512"):
+    with refused("has 125 tokens, and activation_lengths asks for 512"):
         command(**checkpoint, activation_lengths=[512])
 
 
 def test_a_folder_with_results_is_refused(command, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "benchmark.json").write_text("{}")
-    with pytest.raises(InputError, match="is not empty"):
+    with refused("is not empty"):
         command()
 
 
@@ -441,11 +370,9 @@ def test_the_picture_has_a_line_a_side_and_its_ratio(tmp_path, monkeypatch):
             "variant": variant,
             "what": what,
             "length": length,
-            "status": OK if variant != "big" or length < 64 else "needs more",
             "microseconds_per_token": slow * length,
-            "ratio": slow,
-            "ratio_low": slow,
-            "ratio_high": slow,
+            **dict.fromkeys(("ratio", "ratio_low", "ratio_high"), slow),
+            "status": OK if variant != "big" or length < 64 else "needs more",
         }
         for what in ("forward", "forward_backward")
         for variant, slow in (("causal", 1.0), ("sdpa", 0.5), ("big", 4.0))

@@ -1,11 +1,9 @@
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import yaml
+from transformers import TrainingArguments
 
+from helpers.runs import ROOT, config_file, raising, run_python
 from hf_alibi import cli
 from hf_alibi.commands.fields import field_names, training_fields
 from hf_alibi.commands.settings import load_settings
@@ -13,19 +11,10 @@ from hf_alibi.conversion.settings import ConversionArguments
 from hf_alibi.errors import InputError
 from hf_alibi.training.settings import DataArguments, FinetuneArguments
 
-ROOT = Path(__file__).parents[2]
-
 
 def fake(monkeypatch, action):
     """Put `action` in the place of the command finetune."""
     monkeypatch.setattr("hf_alibi.commands.finetune.command", action)
-
-
-def raising(error):
-    def action(argv):
-        raise error
-
-    return action
 
 
 @pytest.mark.parametrize("command", cli._COMMANDS)
@@ -51,7 +40,7 @@ from hf_alibi.cli import main
 codes = [main(["finetune", "--help"]), main(["convert", "--blok_size", "3"]), main(["benchmark", "--heds=3"])]
 print(codes, "torch" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = run_python("-c", code)
     assert done.stdout.splitlines()[-1] == "[0, 1, 1] False"
     assert "unknown field 'blok_size' in the command line; did you mean block_size" in done.stderr
     assert "did you mean heads" in done.stderr
@@ -70,31 +59,27 @@ def test_wrong_usage(argv, capsys):
     assert "commands: convert, finetune, extrapolate, ablation, benchmark" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [InputError("bad\nvalue"), OSError("bad value")])
-def test_input_errors_are_one_line(error, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("error", "code", "printed"),
+    [
+        (InputError("bad\nvalue"), 1, "hf-alibi: error: bad value\n"),
+        (OSError("bad value"), 1, "hf-alibi: error: bad value\n"),
+        (InputError("not wrapped " * 50 + "end"), 1, "hf-alibi: error: " + "not wrapped " * 50 + "end\n"),
+        (KeyboardInterrupt(), 130, "hf-alibi: interrupted\n"),
+    ],
+)
+def test_errors_are_one_line(error, code, printed, monkeypatch, capsys):
     fake(monkeypatch, raising(error))
-    assert cli.main(["finetune"]) == 1
+    assert cli.main(["finetune"]) == code
     captured = capsys.readouterr()
-    assert captured.err == "hf-alibi: error: bad value\n"
+    assert captured.err == printed
     assert captured.out == ""
-
-
-def test_long_error_is_not_wrapped(monkeypatch, capsys):
-    fake(monkeypatch, raising(InputError("word " * 100)))
-    cli.main(["finetune"])
-    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_bugs_keep_their_traceback(monkeypatch):
     fake(monkeypatch, raising(ValueError("a bug")))
     with pytest.raises(ValueError, match="a bug"):
         cli.main(["finetune"])
-
-
-def test_interruption(monkeypatch, capsys):
-    fake(monkeypatch, raising(KeyboardInterrupt()))
-    assert cli.main(["finetune"]) == 130
-    assert capsys.readouterr().err == "hf-alibi: interrupted\n"
 
 
 def test_arguments_reach_the_command(monkeypatch, tmp_path):
@@ -108,8 +93,6 @@ def test_arguments_reach_the_command(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "passkey", "gpt2-small"])
 def test_shipped_configs_are_valid(name):
-    from transformers import TrainingArguments
-
     classes = (FinetuneArguments, ConversionArguments, DataArguments, TrainingArguments)
     argv = [str(ROOT / f"configs/finetune/{name}.yaml")]
     arguments, _, data, training = load_settings(classes, argv)
@@ -130,17 +113,15 @@ def test_script_runs_from_start_to_end(tmp_path):
         "max_steps": 2,
         "output_dir": "run",
     }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    command = [str(ROOT / "scripts/finetune.py"), *config_file(settings, tmp_path / "run.yaml")]
     (tmp_path / "text.txt").write_text("".join(f"{number} is a number. " for number in range(100)))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": "home", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "scripts/finetune.py"), "run.yaml"]
 
-    first = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    first = run_python(*command, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert "saved to run" in first.stdout
     assert {"loss.png", "metrics.json", "config.yaml"} <= {path.name for path in (tmp_path / "run").iterdir()}
 
-    second = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    second = run_python(*command, cwd=tmp_path)
     assert second.returncode == 1
     assert second.stderr.strip().splitlines()[-1].startswith("hf-alibi: error: output_dir run holds an earlier run")
     assert "Traceback" not in second.stderr

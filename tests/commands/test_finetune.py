@@ -1,45 +1,37 @@
-import dataclasses
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
+from helpers.runs import BYTES, config_file, cut, drop_weight, held_out, refused, run_python
 from hf_alibi.commands.fields import read_yaml
 from hf_alibi.commands.finetune import finetune
-from hf_alibi.errors import InputError
 from hf_alibi.training.checkpoints import last_complete_checkpoint
-from hf_alibi.training.data import TokenBlocks, load_tokenizer, load_tokens, pack_blocks
+from hf_alibi.training.data import TokenBlocks, load_tokenizer, load_tokens
 from hf_alibi.training.settings import DataArguments
 from hf_alibi.training.trainer import RateScales, divergence, make_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "workplace")
 
 BLOCK = 32
-VOCABULARY = 259
 FRESH = {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": BLOCK}
+HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3}
+SIZES = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, **HEADS}
+LLAMA = {"model_type": "llama", **SIZES}
+EXPERTS = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+MIXTURE = {"model_type": "mixtral", **SIZES, **EXPERTS}
 # Dropout is on by default in GPT-2, so the state of the random numbers matters too.
 SETTINGS = {
     "model_config": FRESH,
     "tokenizer_name": "bytes",
+    "train_file": ["text.txt"],
+    "output_dir": "run",
     "block_size": BLOCK,
     "max_steps": 12,
     "per_device_train_batch_size": 4,
@@ -51,35 +43,23 @@ SETTINGS = {
     "save_steps": 4,
     "disable_tqdm": True,
 }
+RESUME = ("--resume_from_checkpoint", "true")
 
 
-def arguments(**values):
-    """Write a YAML file with SETTINGS and `values`; None removes a setting."""
-    settings = {"train_file": ["text.txt"], "output_dir": "run", **SETTINGS, **values}
-    Path("run.yaml").write_text(yaml.safe_dump({k: v for k, v in settings.items() if v is not None}))
-    return ["run.yaml"]
+def run(*words, **values):
+    """Fine-tune with SETTINGS and `values`, of which None removes a setting, and `words` on the command line."""
+    return finetune([*config_file({**SETTINGS, **values}), *words])
 
 
-def save_gpt2(folder, **values):
-    torch.manual_seed(0)
-    config = GPT2Config(**{**FRESH, "vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 1, **values})
-    GPT2LMHeadModel(config).save_pretrained(folder)
+def start_from(folder):
+    return {"model_config": None, "model_name_or_path": folder}
 
 
-def save_llama(folder, seed=0, **values):
+def save_model(folder, config=FRESH, *, seed=0, **changes):
+    """Save a random model, without a tokenizer."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        **values,
-        vocab_size=VOCABULARY,
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        bos_token_id=1,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    config = AutoConfig.for_model(**{**config, "vocab_size": BYTES, "bos_token_id": 1, "eos_token_id": 1, **changes})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 def weights(folder):
@@ -90,40 +70,28 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def card(folder="run"):
+    return Path(folder, "README.md").read_text()
+
+
 def test_output_folder(workplace):
-    metrics = finetune(arguments())
-    written = {path.name for path in Path("run").iterdir()}
-    assert written == {
-        "README.md",
-        "config.json",
-        "config.yaml",
-        "generation_config.json",
-        "metrics.json",
-        "model.safetensors",
-        "tokenizer_config.json",
-        "checkpoint-4",
-        "checkpoint-8",
-        "checkpoint-12",
-    }
+    metrics = run()
+    texts = {"README.md", "config.json", "config.yaml", "metrics.json"}
+    others = {"generation_config.json", "model.safetensors", "tokenizer_config.json"}
+    checkpoints = {"checkpoint-4", "checkpoint-8", "checkpoint-12"}
+    assert {path.name for path in Path("run").iterdir()} == texts | others | checkpoints
     assert json.loads(Path("run/metrics.json").read_text()) == metrics
-    for name in ("README.md", "config.json", "config.yaml", "metrics.json"):
+    for name in texts:
         assert str(workplace) not in Path("run", name).read_text()
     assert json.loads(Path("run/config.json").read_text())["use_cache"] is True
 
 
 def test_metrics_are_those_of_the_saved_model():
-    metrics = finetune(arguments())
+    metrics = run()
     model = AutoModelForCausalLM.from_pretrained("run")
     assert type(model).__name__ == "AlibiGPT2LMHeadModel"
     assert model.config.alibi_train_length == BLOCK
-    tokenizer = load_tokenizer("run")
-    saved = read_yaml("run/config.yaml")
-    data = DataArguments(**{field.name: saved[field.name] for field in dataclasses.fields(DataArguments)})
-    tokens = load_tokens(data, tokenizer).held_out
-    blocks = torch.stack([block["input_ids"] for block in pack_blocks(tokens, BLOCK)])
-    with torch.no_grad():
-        logits = model(blocks).logits[:, :-1].double()
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).item()
+    loss, blocks = held_out("run", tokenizer="run")
     assert metrics["eval_loss"] == pytest.approx(loss, abs=1e-4)
     assert metrics["perplexity"] == pytest.approx(math.exp(loss), rel=1e-3)
     num_bytes = sum(int(token) > 2 for token in blocks.flatten())
@@ -138,63 +106,39 @@ def test_metrics_are_those_of_the_saved_model():
     assert [entry["step"] for entry in metrics["history"] if "eval_loss" in entry] == [6, 12]
 
 
-def plain_loss(folder):
-    """Mean cross-entropy of the saved model on the held-out blocks, and nothing else."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    held_out = load_tokens(DataArguments(train_file=["text.txt"]), load_tokenizer("bytes")).held_out
-    blocks = torch.stack([block["input_ids"] for block in pack_blocks(held_out, BLOCK)])
-    with torch.no_grad():
-        logits = model(blocks).logits[:, :-1].double()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).item()
-
-
-MIXTURE = {
-    "model_type": "mixtral",
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "num_local_experts": 4,
-    "output_router_logits": True,
-    "router_aux_loss_coef": 0.5,
-}
-
-
 @pytest.mark.parametrize(
     "settings",
     [{"label_smoothing_factor": 0.3}, {"model_config": MIXTURE}, {"model_config": MIXTURE, "attention": "original"}],
 )
 def test_held_out_losses_are_of_the_text_alone(settings):
     """Label smoothing and the auxiliary loss of a router belong to training; neither is in the held-out loss."""
-    metrics = finetune(arguments(**settings))
-    expected = plain_loss("run")
+    metrics = run(**settings)
+    expected, _ = held_out("run")
     assert metrics["eval_loss"] == pytest.approx(expected, abs=1e-4)
     assert metrics["perplexity"] == pytest.approx(math.exp(expected), rel=1e-3)
-    held_out = [entry["eval_loss"] for entry in metrics["history"] if "eval_loss" in entry]
-    assert held_out[-1] == pytest.approx(expected, abs=1e-4)
+    measured = [entry["eval_loss"] for entry in metrics["history"] if "eval_loss" in entry]
+    assert measured[-1] == pytest.approx(expected, abs=1e-4)
     # Training itself has them still.
-    plain = finetune(arguments(**{**settings, "label_smoothing_factor": 0.0, "output_dir": "plain"}))
+    plain = run(**{**settings, "label_smoothing_factor": 0.0, "output_dir": "plain"})
     if "label_smoothing_factor" in settings:
         assert metrics["train_loss"] > plain["train_loss"] + 0.1
-        assert "(label smoothing of 0.3 included)" in Path("run/README.md").read_text()
+        assert "(label smoothing of 0.3 included)" in card()
     else:
         assert metrics["train_loss"] > metrics["eval_loss"] + 0.3
 
 
 def test_the_model_card_renders_and_says_what_the_held_out_loss_is():
-    finetune(arguments())
-    card = Path("run/README.md").read_text()
-    code = card.split("```")
+    run()
+    code = card().split("```")
     assert len(code) == 3
     assert code[1].startswith("python\nimport hf_alibi")
-    assert "(non-overlapping blocks of 32 tokens, whose tokens see 1 to 31 before them)" in card
+    assert "(non-overlapping blocks of 32 tokens, whose tokens see 1 to 31 before them)" in card()
     saved = read_yaml("run/config.yaml")
     assert {"seed": 42, "weight_decay": 0.0, "lr_scheduler_type": "linear"}.items() <= saved.items()
 
 
 def test_saved_config_repeats_the_run():
-    finetune(arguments(seed=7))
+    run(seed=7)
     finetune(["run/config.yaml", "--output_dir", "again"])
     assert same(weights("run"), weights("again"))
     finetune(["run/config.yaml", "--output_dir", "other", "--seed", "8"])
@@ -206,8 +150,8 @@ def test_saved_config_repeats_the_run():
     [("alibi", "AlibiGPT2LMHeadModel"), ("original", "GPT2LMHeadModel"), ("nope", "AlibiGPT2LMHeadModel")],
 )
 def test_attention_of_a_checkpoint(attention, class_name):
-    save_gpt2("base")
-    finetune(arguments(model_config=None, model_name_or_path="base", attention=attention, max_steps=2))
+    save_model("base")
+    run(**start_from("base"), attention=attention, max_steps=2)
     model = AutoModelForCausalLM.from_pretrained("run").eval()
     assert type(model).__name__ == class_name
     # With no positions the order of earlier tokens cannot matter, with positions it must.
@@ -219,24 +163,15 @@ def test_attention_of_a_checkpoint(attention, class_name):
 
 
 def test_llama_checkpoint():
-    save_llama("base")
-    argv = arguments(model_config=None, model_name_or_path="base", max_steps=2, use_cpu=True, bf16=True)
-    finetune(argv)
+    save_model("base", LLAMA)
+    run(**start_from("base"), max_steps=2, use_cpu=True, bf16=True)
     assert type(AutoModelForCausalLM.from_pretrained("run")).__name__ == "AlibiLlamaForCausalLM"
-    assert "Started from: base\n" in Path("run/README.md").read_text()
+    assert "Started from: base\n" in card()
 
 
 def test_converted_model_is_trained_further_at_another_length():
-    finetune(arguments(max_steps=2))
-    finetune(
-        arguments(
-            model_config=None,
-            model_name_or_path="run",
-            output_dir="longer",
-            block_size=2 * BLOCK,
-            max_steps=2,
-        )
-    )
+    run(max_steps=2)
+    run(**start_from("run"), output_dir="longer", block_size=2 * BLOCK, max_steps=2)
     assert AutoModelForCausalLM.from_pretrained("longer").config.alibi_train_length == 2 * BLOCK
 
 
@@ -244,12 +179,11 @@ def test_converted_model_is_trained_further_at_another_length():
 @pytest.mark.parametrize(("mlp", "embedding"), [(1.0, 1.0), (0.5, 0.25), (0.5, 0.0), (0.0, 2.0)])
 def test_rate_scales_are_the_size_of_a_step(attention, mlp, embedding):
     # Adam's first step is as long as the rate in every weight that has a gradient.
-    save_llama("base")
+    save_model("base", LLAMA)
     rate = 2e-3
     scales = {"mlp_rate_scale": mlp, "embedding_rate_scale": embedding}
     one_step = {"max_steps": 1, "learning_rate": rate, "warmup_steps": 0, "weight_decay": 5.0}
-    start = {"model_config": None, "model_name_or_path": "base", "tokenizer_name": "bytes", "attention": attention}
-    metrics = finetune(arguments(**start, **one_step, **scales))
+    metrics = run(**start_from("base"), attention=attention, **one_step, **scales)
     before, after = weights("base"), weights("run")
     assert metrics["config"]["mlp_rate_scale"] == mlp
     for name, weight in before.items():
@@ -261,7 +195,7 @@ def test_rate_scales_are_the_size_of_a_step(attention, mlp, embedding):
 
 
 def test_a_rate_scale_of_0_freezes():
-    save_llama("base")
+    save_model("base", LLAMA)
     model = AutoModelForCausalLM.from_pretrained("base")
     blocks = TokenBlocks(torch.zeros(2 * BLOCK, dtype=torch.int64), BLOCK)
     scales = RateScales(mlp=0.0, embeddings=0.0)
@@ -270,16 +204,16 @@ def test_a_rate_scale_of_0_freezes():
     assert trained == {name for name, _ in model.named_parameters() if "self_attn" in name}
 
 
-def start_from(folder):
-    return {"model_config": None, "model_name_or_path": folder, "tokenizer_name": "bytes", "attention": "original"}
+def taught_by(teacher):
+    return {**start_from("base"), "attention": "original", "teacher_name_or_path": teacher}
 
 
 def test_a_teacher_is_learned_and_not_the_text():
-    save_llama("teacher", seed=1, initializer_range=0.3)
-    save_llama("base")
-    asked = {**start_from("base"), "max_steps": 40, "learning_rate": 1e-2, "logging_steps": 20, "eval_strategy": "no"}
-    metrics = finetune(arguments(**asked, teacher_name_or_path="teacher"))
-    text = finetune(arguments(**asked, output_dir="text"))
+    save_model("teacher", LLAMA, seed=1, initializer_range=0.3)
+    save_model("base", LLAMA)
+    asked = {**taught_by("teacher"), "max_steps": 40, "logging_steps": 20, "eval_strategy": "no"}
+    metrics = run(**asked)
+    text = run(**{**asked, "teacher_name_or_path": None}, output_dir="text")
     models = {name: AutoModelForCausalLM.from_pretrained(name).eval() for name in ("base", "run", "text", "teacher")}
     ids = load_tokens(DataArguments(train_file=["text.txt"]), load_tokenizer("bytes")).train[: 4 * BLOCK].view(4, BLOCK)
 
@@ -293,15 +227,14 @@ def test_a_teacher_is_learned_and_not_the_text():
     # The held-out loss is that of the text, which this teacher knows nothing of.
     assert metrics["eval_loss"] > 5 > text["eval_loss"]
     assert metrics["train_loss"] < 1
-    assert "nats per token (the distance to what a teacher predicts)" in Path("run/README.md").read_text()
-    assert "teacher" not in Path("text/README.md").read_text()
+    assert "nats per token (the distance to what a teacher predicts)" in card()
+    assert "teacher" not in card("text")
 
 
 def test_a_teacher_of_itself_leaves_the_model_as_it_is():
-    save_llama("base")
-    finetune(arguments(**start_from("base"), teacher_name_or_path="base", max_steps=2, weight_decay=0.0, optim="sgd"))
-    before, after = weights("base"), weights("run")
-    assert all((after[name] - weight).abs().max() < 1e-6 for name, weight in before.items())
+    save_model("base", LLAMA)
+    run(**taught_by("base"), max_steps=2, weight_decay=0.0, optim="sgd")
+    torch.testing.assert_close(weights("run"), weights("base"), atol=1e-6, rtol=0)
 
 
 def test_the_divergence_is_exact():
@@ -312,40 +245,20 @@ def test_the_divergence_is_exact():
 
 
 def test_a_teacher_counts_the_same_in_accumulated_batches():
-    save_llama("base")
-    save_llama("teacher", seed=1, initializer_range=0.3)
-    asked = {**start_from("base"), "teacher_name_or_path": "teacher", "max_steps": 1, "optim": "sgd", "warmup_steps": 0}
+    save_model("base", LLAMA)
+    save_model("teacher", LLAMA, seed=1, initializer_range=0.3)
+    one_step = {"max_steps": 1, "optim": "sgd", "warmup_steps": 0, "learning_rate": 1.0}
     for batch, folder in ((4, "whole"), (2, "parts")):
         sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 4 // batch}
-        finetune(arguments(**asked, **sizes, output_dir=folder, learning_rate=1.0))
-    whole, parts = weights("whole"), weights("parts")
-    assert not same(whole, weights("base"))
-    assert all((parts[name] - weight).abs().max() < 1e-5 for name, weight in whole.items())
-
-
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ({"vocab_size": 300}, r"the teacher 'teacher' predicts 300 tokens and the model 259; give a teacher with"),
-        (
-            {"n_positions": 16},
-            r"beyond the 16 learned positions of the teacher 'teacher'; set block_size to",
-        ),
-    ],
-)
-def test_a_teacher_that_cannot_teach_is_refused(sizes, message):
-    save_llama("base")
-    config = GPT2Config(**{"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 1, "n_head": 2, **sizes})
-    GPT2LMHeadModel(config).save_pretrained("teacher")
-    with pytest.raises(InputError, match=message):
-        finetune(arguments(**start_from("base"), teacher_name_or_path="teacher"))
-    assert not Path("run").exists()
+        run(**taught_by("teacher"), **one_step, **sizes, output_dir=folder)
+    assert not same(weights("whole"), weights("base"))
+    torch.testing.assert_close(weights("parts"), weights("whole"), atol=1e-5, rtol=0)
 
 
 def test_no_held_out_text():
-    metrics = finetune(arguments(validation_fraction=0.0, eval_strategy="no", max_steps=2))
+    metrics = run(validation_fraction=0.0, eval_strategy="no", max_steps=2)
     assert metrics["eval_loss"] is None
-    assert "Held-out loss: unknown" in Path("run/README.md").read_text()
+    assert "Held-out loss: unknown" in card()
 
 
 # Ends itself by SIGKILL in the middle of writing checkpoint-8.
@@ -364,82 +277,63 @@ sys.exit(main(["finetune", "run.yaml"]))
 
 
 def test_killed_run_resumes_to_the_same_end():
-    argv = arguments(output_dir="whole", num_train_epochs=3, max_steps=None, logging_steps=3)
-    whole = finetune(argv)
+    epochs = {"num_train_epochs": 3, "max_steps": None, "logging_steps": 3}
+    whole = run(output_dir="whole", **epochs)
     assert whole["steps"] > 12  # more than one epoch
-    argv = arguments(output_dir="killed", num_train_epochs=3, max_steps=None, logging_steps=3)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "HF_HOME": "home",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run([sys.executable, "-c", KILLED_RUN], env=environment, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    argv = config_file({**SETTINGS, **epochs, "output_dir": "killed"})
+    done = run_python("-c", KILLED_RUN)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert Path("killed/checkpoint-8").is_dir()
     assert last_complete_checkpoint(Path("killed")) == Path("killed/checkpoint-4")
-    resumed = finetune([*argv, "--resume_from_checkpoint", "true"])
+    resumed = finetune([*argv, *RESUME])
     for name in ("train_loss", "eval_loss", "steps", "tokens_seen", "history"):
         assert resumed[name] == whole[name], name
     assert same(weights("whole"), weights("killed"))
 
 
 def test_run_killed_after_its_last_step_is_only_finished():
-    argv = arguments()
-    whole = finetune(argv)
+    whole = run()
     trained = weights("run")
     for name in ("metrics.json", "model.safetensors", "README.md"):
         Path("run", name).unlink()
-    resumed = finetune([*argv, "--resume_from_checkpoint", "true"])
+    resumed = run(*RESUME)
     assert (resumed["steps"], resumed["eval_loss"]) == (12, whole["eval_loss"])
     assert same(weights("run"), trained)
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(capsys):
     Path("run/checkpoint-4").mkdir(parents=True)
-    metrics = finetune([*arguments(max_steps=2), "--resume_from_checkpoint", "true"])
+    metrics = run(*RESUME, max_steps=2)
     assert metrics["steps"] == 2
     assert "no complete checkpoint in run: starting from the beginning" in capsys.readouterr().out
 
 
 def test_damaged_checkpoints_are_passed_over():
-    finetune(arguments())
-    newest, run = Path("run/checkpoint-12"), Path("run")
-    assert last_complete_checkpoint(run) == newest
+    run()
+    folder, newest, older = Path("run"), Path("run/checkpoint-12"), Path("run/checkpoint-8")
+    assert last_complete_checkpoint(folder) == newest
     for name in ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
         content = (newest / name).read_bytes()
         (newest / name).write_bytes(content[: len(content) // 2])
-        assert last_complete_checkpoint(run) == Path("run/checkpoint-8"), f"cut {name}"
+        assert last_complete_checkpoint(folder) == older, f"cut {name}"
         (newest / name).unlink()
-        assert last_complete_checkpoint(run) == Path("run/checkpoint-8"), f"no {name}"
+        assert last_complete_checkpoint(folder) == older, f"no {name}"
         (newest / name).write_bytes(content)
-    assert last_complete_checkpoint(run) == newest
+    assert last_complete_checkpoint(folder) == newest
 
 
-def refused(message, argv, *, trains=False):
+def stops(message, *words, trains=False, **values):
     """Check that a run stops with one line before its first step, and leaves the folder as it was."""
-    steps = []
 
-    class Count(TrainerCallback):
-        def on_step_begin(self, *args, **kwargs):
-            steps.append(1)
+    def written():
+        return Path("run").exists(), sorted(Path("run").rglob("*"))
 
-    before = sorted(Path("run").rglob("*")) if Path("run").exists() else None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "__init__", _with_callback(Trainer.__init__, Count()))
-        with pytest.raises(InputError, match=message) as raised:
-            finetune(argv)
-    assert "\n" not in str(raised.value)
+    steps, before, training_step = [], written(), Trainer.training_step
+    with pytest.MonkeyPatch.context() as patch, refused(message):
+        patch.setattr(Trainer, "training_step", lambda *args: steps.append(args) or training_step(*args))
+        run(*words, **values)
     assert bool(steps) == trains
-    if not trains:
-        assert (sorted(Path("run").rglob("*")) if Path("run").exists() else None) == before
-
-
-def _with_callback(init, callback):
-    def patched(self, *args, callbacks=(), **kwargs):
-        init(self, *args, callbacks=[*callbacks, callback], **kwargs)
-
-    return patched
+    assert trains or written() == before
 
 
 @pytest.mark.parametrize(
@@ -469,49 +363,50 @@ def _with_callback(init, callback):
         ({"output_dir": "text.txt/run"}, "Not a directory"),
         ({"resume_from_checkpoint": "gone"}, "gone is not a complete checkpoint"),
         ({"validation_fraction": 0.0}, "the held-out text has 0 tokens"),
+        ({"model_config": {"model_type": "bloom"}}, "cannot convert the model to ALiBi: no ALiBi for .* 'bloom'"),
     ],
 )
 def test_refused_before_training(values, message):
-    refused(message, arguments(**values))
+    stops(message, **values)
 
 
 def test_folder_in_use_is_left_alone():
     Path("run").mkdir()
     Path("run/thesis.tex").write_text("years of work")
-    refused("run is not empty", arguments())
-    refused("run is not empty", [*arguments(), "--resume_from_checkpoint", "true"])
+    stops("run is not empty")
+    stops("run is not empty", *RESUME)
     assert Path("run/thesis.tex").read_text() == "years of work"
 
 
 def test_earlier_run_is_not_overwritten():
-    finetune(arguments(max_steps=2))
-    refused("choose another folder, or resume .* `--resume_from_checkpoint true`", arguments(max_steps=2))
+    run(max_steps=2)
+    stops("choose another folder, or resume .* `--resume_from_checkpoint true`", max_steps=2)
 
 
-def _cut(folder):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"vocab_size": 300}, r"the teacher 'teacher' predicts 300 tokens and the model 259; give a teacher with"),
+        ({"n_positions": 16}, r"beyond the 16 learned positions of the teacher 'teacher'; set block_size to"),
+    ],
+)
+def test_a_teacher_that_cannot_teach_is_refused(sizes, message):
+    save_model("base", LLAMA)
+    save_model("teacher", **sizes)
+    stops(message, **taught_by("teacher"))
 
 
-def _drop_weight(folder):
-    path = folder / "model.safetensors"
-    kept = {name: value for name, value in load_file(path).items() if "c_attn.weight" not in name}
-    from safetensors.torch import save_file
-
-    save_file(kept, path, metadata={"format": "pt"})
-
-
-def _other_shape(folder):
-    path = folder / "config.json"
-    path.write_text(path.read_text().replace('"n_embd": 16', '"n_embd": 32'))
+def _widen(folder):
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"n_embd": 16', '"n_embd": 32'))
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_cut, "cannot load the model 'base'.*check that its files are complete"),
-        (_drop_weight, "the model 'base' lacks 1 of its weights"),
-        (_other_shape, "cannot load the model 'base'"),
+        (lambda folder: cut(folder / "model.safetensors"), "cannot load .*'base'.*check that its files are complete"),
+        (lambda folder: drop_weight(folder, "c_attn.weight"), "the model 'base' lacks 1 of its weights"),
+        (_widen, "cannot load the model 'base'"),
         (lambda folder: (folder / "config.json").unlink(), "cannot load the model 'base'"),
         (
             lambda folder: (folder / "model.safetensors").unlink(),
@@ -521,45 +416,31 @@ def _other_shape(folder):
     ],
 )
 def test_damaged_model_is_refused(damage, message):
-    save_gpt2("base")
+    save_model("base")
     damage(Path("base"))
-    refused(message, arguments(model_config=None, model_name_or_path="base"))
+    stops(message, **start_from("base"))
 
 
-def test_family_without_alibi_is_refused():
-    config = {"model_type": "bloom", "hidden_size": 16, "n_head": 2, "n_layer": 1}
-    refused("cannot convert the model to ALiBi: no ALiBi for model_type 'bloom'", arguments(model_config=config))
-
-
-def test_other_families_train(tmp_path):
-    config = {
-        "model_type": "qwen3",
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "num_hidden_layers": 1,
-    }
-    finetune(arguments(model_config=config, max_steps=2))
+def test_other_families_train():
+    run(model_config={"model_type": "qwen3", **SIZES, "head_dim": 8}, max_steps=2)
     assert json.loads(Path("run/config.json").read_text())["model_type"] == "alibi_qwen3"
 
 
 @pytest.mark.parametrize("attention", ["original", "nope"])
 def test_converted_model_is_not_taken_for_a_control(attention):
-    finetune(arguments(max_steps=2, output_dir="converted"))
-    argv = arguments(model_config=None, model_name_or_path="converted", attention=attention)
-    refused("converted is already converted; set attention: alibi", argv)
+    run(max_steps=2, output_dir="converted")
+    message = "converted is already converted; set attention: alibi"
+    stops(message, **start_from("converted"), attention=attention)
 
 
 def test_loss_that_is_not_finite_stops_the_run():
-    argv = arguments(learning_rate=1e30, warmup_steps=0, max_grad_norm=0.0)
-    refused(r"the training loss is (nan|inf) at step \d+.*lower learning_rate", argv, trains=True)
+    diverges = {"learning_rate": 1e30, "warmup_steps": 0, "max_grad_norm": 0.0}
+    stops(r"the training loss is (nan|inf) at step \d+.*lower learning_rate", trains=True, **diverges)
     assert not Path("run/model.safetensors").exists()
     assert not Path("run/metrics.json").exists()
 
 
 def test_weights_that_are_not_finite_are_not_saved():
-    argv = arguments(learning_rate=1e38, warmup_steps=0, max_steps=1, eval_strategy="no", weight_decay=1e38)
-    refused("is not finite|loss is nan", argv, trains=True)
+    one_step = {"learning_rate": 1e38, "weight_decay": 1e38, "warmup_steps": 0, "max_steps": 1, "eval_strategy": "no"}
+    stops("is not finite|loss is nan", trains=True, **one_step)
     assert {path.name for path in Path("run").iterdir()} == {"config.yaml"}

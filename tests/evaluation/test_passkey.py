@@ -7,13 +7,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from helpers.models import stock_model
 from hf_alibi.errors import InputError
 from hf_alibi.evaluation import passkey
 from hf_alibi.evaluation.passkey import evaluate_passkey
 from hf_alibi.evaluation.passkey_prompts import PasskeyProbe, PasskeyText, passkey_training_tokens
+from hf_alibi.training.data import load_tokenizer
 
 QUESTION = "What is the pass key? The pass key is"
 
@@ -23,9 +24,8 @@ def merging_tokenizer():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<eos>"], initial_alphabet=letters)
     text = ["The grass is green. The pass key is hidden. " + " ".join(str(7 * n) for n in range(1500, 1700))]
     tokenizer.train_from_iterator(text, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
@@ -33,7 +33,7 @@ def merging_tokenizer():
 
 @pytest.fixture(params=["bytes", "merges"])
 def tokenizer(request):
-    return ByT5Tokenizer(extra_ids=0) if request.param == "bytes" else merging_tokenizer()
+    return load_tokenizer("bytes") if request.param == "bytes" else merging_tokenizer()
 
 
 @pytest.fixture
@@ -42,6 +42,10 @@ def text(tokenizer):
 
 
 PROBE = PasskeyProbe(lengths=[200, 330], depths=[0.0, 0.5, 1.0], cases=4)
+
+
+def found(model, text, probe=PROBE, **options):
+    return evaluate_passkey(model, text, probe, **options, progress=False)
 
 
 def test_prompts_begin_with_the_beginning_of_sequence_if_told(tokenizer):
@@ -59,13 +63,13 @@ def test_prompts_begin_with_the_beginning_of_sequence_if_told(tokenizer):
 
 
 class Reader(nn.Module):
-    """Says at each answer position what `said(text so far)` gives; `keep` is whether it takes logits_to_keep."""
+    """Says at each answer position what `said(text so far)` gives."""
 
     device = torch.device("cpu")
 
-    def __init__(self, tokenizer, said):
+    def __init__(self, said):
         super().__init__()
-        self.tokenizer, self.said, self.computed = tokenizer, said, []
+        self.said, self.computed = said, []
 
     def forward(self, input_ids, use_cache, logits_to_keep=0):
         positions = range(input_ids.shape[1])[-logits_to_keep or None :]
@@ -79,7 +83,6 @@ class Reader(nn.Module):
 
 def oracle(tokenizer, *, sees=10**6):
     """What follows after the beginning of the key: the rest of the key, if it is among the last `sees` tokens."""
-
     before_key = tokenizer.encode("\nThe pass key is", add_special_tokens=False)
     question = tokenizer.encode("\n" + QUESTION, add_special_tokens=False)
 
@@ -90,7 +93,7 @@ def oracle(tokenizer, *, sees=10**6):
             return 0
         return ids[starts[0] + len(before_key) + len(ids) - asked]
 
-    return Reader(tokenizer, said)
+    return Reader(said)
 
 
 @pytest.mark.parametrize("length", [150, 151, 177, 1000])
@@ -109,29 +112,25 @@ def test_prompt_and_answer_have_exactly_the_length(tokenizer, text, length, dept
 def test_the_key_stands_at_its_depth(tokenizer, text):
     for depth in (0.0, 0.25, 0.5, 1.0):
         words = tokenizer.decode(text.case(length=2000, depth=depth, key=12345).tokens.tolist())
-        before, after = re.match(
-            r"(?s)A pass.*?Remember it\.(.*)\nThe pass key is 12345. Remember it\.(.*)\nWhat", words
-        ).groups()
-        share = len(tokenizer.encode(before)) / (len(tokenizer.encode(before)) + len(tokenizer.encode(after)))
-        assert share == pytest.approx(depth, abs=0.01)
+        pattern = r"(?s)A pass.*?Remember it\.(.*)\nThe pass key is 12345. Remember it\.(.*)\nWhat"
+        before, after = (len(tokenizer.encode(part)) for part in re.match(pattern, words).groups())
+        assert before / (before + after) == pytest.approx(depth, abs=0.01)
 
 
 def test_an_oracle_finds_every_key_and_a_blind_model_none(tokenizer, text):
-    rows = evaluate_passkey(oracle(tokenizer), text, PROBE, name="oracle", progress=False)
+    rows = found(oracle(tokenizer), text, name="oracle")
     assert [(row.length, row.depth) for row in rows] == [(n, d) for n in (200, 330) for d in (0.0, 0.5, 1.0, None)]
     assert all(row.found == row.cases == (12 if row.depth is None else 4) for row in rows)
     assert all(row.low < row.high == 1.0 and row.status == "ok" for row in rows)
-    blind = evaluate_passkey(Reader(tokenizer, lambda ids: 3), text, PROBE, progress=False)
+    blind = found(Reader(lambda ids: 3), text)
     assert all(row.found == row.low == 0 < row.high for row in blind)
 
 
 def test_what_a_model_sees_decides_at_which_depth_it_finds(tokenizer, text):
-    rows = evaluate_passkey(oracle(tokenizer, sees=120), text, PROBE, progress=False)
-    assert {(r.length, r.depth): r.found for r in rows if r.depth is not None} == {
-        **{(n, 0.0): 0 for n in (200, 330)},
-        **{(n, 1.0): 4 for n in (200, 330)},
-        **{(330, 0.5): 0, (200, 0.5): next(r.found for r in rows if (r.length, r.depth) == (200, 0.5))},
-    }
+    rows = found(oracle(tokenizer, sees=120), text)
+    keys = {(r.length, r.depth): r.found for r in rows if r.depth is not None}
+    assert keys.pop((200, 0.5)) in range(5)
+    assert keys == {(200, 0.0): 0, (200, 1.0): 4, (330, 0.0): 0, (330, 0.5): 0, (330, 1.0): 4}
 
 
 def test_half_a_key_does_not_count(tokenizer, text):
@@ -140,14 +139,14 @@ def test_half_a_key_does_not_count(tokenizer, text):
     def all_but_the_last(ids):
         return right.said(ids) if tokenizer.decode(ids).endswith("pass key is") else 3
 
-    rows = evaluate_passkey(Reader(tokenizer, all_but_the_last), text, PROBE, progress=False)
+    rows = found(Reader(all_but_the_last), text)
     assert all(row.found == 0 for row in rows)
 
 
 def test_only_the_logits_of_the_answer_are_computed():
-    tokenizer = ByT5Tokenizer(extra_ids=0)
+    tokenizer = load_tokenizer("bytes")
     model = oracle(tokenizer)
-    evaluate_passkey(model, PasskeyText(tokenizer), PROBE, progress=False)
+    found(model, PasskeyText(tokenizer))
     assert max(model.computed[1:]) == 6  # a space and five digits
 
 
@@ -166,12 +165,9 @@ def test_equals_greedy_generation():
 def test_cases_are_the_same_for_all_models_and_at_every_call(tokenizer):
     asked = []
     for _ in range(2):
-        text, seen = PasskeyText(tokenizer), []
-        evaluate_passkey(
-            Reader(tokenizer, lambda ids, seen=seen: seen.append(tuple(ids)) or 3), text, PROBE, progress=False
-        )
-        asked.append(seen)
-    assert asked[0] == asked[1]
+        found(Reader(lambda ids: asked.append(tuple(ids)) or 3), PasskeyText(tokenizer))
+    half = len(asked) // 2
+    assert asked[:half] == asked[half:]
     cell = PROBE.cell(PasskeyText(tokenizer), 330, 0.5)
     assert len({tuple(case.tokens.tolist()) for case in cell}) == 4
     other = PasskeyProbe(lengths=[330], depths=[0.5], cases=4, seed=1).cell(PasskeyText(tokenizer), 330, 0.5)
@@ -179,14 +175,14 @@ def test_cases_are_the_same_for_all_models_and_at_every_call(tokenizer):
 
 
 def test_batches_change_nothing(tokenizer, text):
-    expected = evaluate_passkey(oracle(tokenizer, sees=120), text, PROBE, progress=False)
+    expected = found(oracle(tokenizer, sees=120), text)
     for batch_tokens in (1, 700, 10_000):
-        rows = evaluate_passkey(oracle(tokenizer, sees=120), text, PROBE, batch_tokens=batch_tokens, progress=False)
+        rows = found(oracle(tokenizer, sees=120), text, batch_tokens=batch_tokens)
         assert rows == expected
 
 
 def test_lengths_beyond_the_table_have_rows_that_say_so(tokenizer, text):
-    rows = evaluate_passkey(oracle(tokenizer), text, PROBE, limit=256, progress=False)
+    rows = found(oracle(tokenizer), text, limit=256)
     assert all(row.status == "ok" for row in rows if row.length == 200)
     beyond = [row for row in rows if row.length == 330]
     assert len(beyond) == 4
@@ -253,6 +249,6 @@ def test_rotations_that_remember_a_longer_text_are_reset():
     model = stock_model("llama", vocab_size=259, max_position_embeddings=150, rope_parameters=rope)
     with torch.no_grad():
         model(torch.randint(3, 259, (1, 600)))
-    text = PasskeyText(ByT5Tokenizer(extra_ids=0))
-    evaluate_passkey(model, text, PasskeyProbe(lengths=[200], depths=[0.0], cases=1), progress=False)
+    text = PasskeyText(load_tokenizer("bytes"))
+    found(model, text, PasskeyProbe(lengths=[200], depths=[0.0], cases=1))
     assert model.model.rotary_emb.max_seq_len_cached == 199

@@ -6,7 +6,6 @@ slopes and the beginning-of-sequence token are all written from their definition
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +13,8 @@ import torch
 import hf_alibi
 from helpers.made_up import WORDS, word_tokenizer
 from helpers.models import stock_model
+from helpers.reference import attention, slopes
+from helpers.runs import config_file, save
 from hf_alibi.commands.extrapolate import extrapolate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,34 +60,34 @@ def rotate(x, angles, factor):
 
 def slopes_of(kind):
     """The paper's slopes of four heads, scaled."""
-    slopes, factor = [2.0 ** (-2 * (i + 1)) for i in range(4)], max(LENGTHS) / TRAIN_LENGTH
+    plain, factor = slopes(4), max(LENGTHS) / TRAIN_LENGTH
     if kind == "alibi_linear":
-        return [slope / factor for slope in slopes]
+        return plain / factor
     if kind == "alibi_ntk":
-        return [slope / factor ** (i / 3) for i, slope in enumerate(slopes)]
-    return slopes
+        return plain / factor ** (torch.arange(4, dtype=torch.float64) / 3)
+    return plain
 
 
 def next_logits(w, ids, *, alibi, kind, length):
     """float64 (vocabulary,): what a LLaMA with these weights predicts after `ids`, in a window of `length`."""
     count, width = len(ids), 8
     norm = lambda x, weight: x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight  # noqa: E731
-    distance = torch.arange(count)[:, None] - torch.arange(count)
+    position = torch.arange(count)
+    distance = position[:, None] - position
     seen = (distance >= 0) & ((distance < TRAIN_LENGTH) | (kind != "sliding_window"))
+    head_slopes = slopes_of(kind) if alibi else torch.zeros(4)
     speed, factor = frequencies(width, kind, length)
-    angles = torch.arange(count, dtype=torch.float64)[:, None] * speed
+    angles = position[:, None].double() * speed
     x = w["model.embed_tokens.weight"][ids]
     for layer in ("model.layers.0.", "model.layers.1."):
         h = norm(x, w[layer + "input_layernorm.weight"])
-        q, k, v = ((h @ w[f"{layer}self_attn.{n}_proj.weight"].T).view(count, -1, width) for n in "qkv")
-        mixed = []
-        for head in range(4):
-            query, key, value = q[:, head], k[:, head // 2], v[:, head // 2]
-            if not alibi:
-                query, key = (rotate(x, angles, factor) for x in (query, key))
-            logits = query @ key.T / math.sqrt(width) - (slopes_of(kind)[head] * distance if alibi else 0)
-            mixed.append(logits.masked_fill(~seen, -math.inf).softmax(-1) @ value)
-        x = x + torch.cat(mixed, dim=-1) @ w[layer + "self_attn.o_proj.weight"].T
+        q, k, v = (
+            (h @ w[f"{layer}self_attn.{n}_proj.weight"].T).view(1, count, -1, width).transpose(1, 2) for n in "qkv"
+        )
+        if not alibi:
+            q, k = rotate(q, angles, factor), rotate(k, angles, factor)
+        mixed = attention(q, k, v, seen[None], position[None], head_slopes, width**-0.5)[0]
+        x = x + mixed.transpose(0, 1).flatten(1) @ w[layer + "self_attn.o_proj.weight"].T
         h = norm(x, w[layer + "post_attention_layernorm.weight"])
         gate = h @ w[layer + "mlp.gate_proj.weight"].T
         x = x + (gate * gate.sigmoid() * (h @ w[layer + "mlp.up_proj.weight"].T)) @ w[layer + "mlp.down_proj.weight"].T
@@ -117,25 +118,24 @@ def run(tmp_path):
     def compare(*, with_bos=False, **settings):
         tokenizer = word_tokenizer(with_bos=with_bos)
         options = {"vocab_size": 64, "initializer_range": 0.3, "max_position_embeddings": KNOWN}
-        original = stock_model("llama", **options)
+        original, alibi = (stock_model("llama", **options) for _ in range(2))
         weights = {name: value.double() for name, value in original.state_dict().items()}
-        for name, model in (("original", original), ("alibi", hf_alibi.apply_alibi(stock_model("llama", **options)))):
-            model.save_pretrained(tmp_path / name)
-            tokenizer.save_pretrained(tmp_path / name)
-        path = tmp_path / "text.jsonl"
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents()))
+        text = tmp_path / "text.jsonl"
+        text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents()))
         config = {
-            "models": {name: str(tmp_path / name) for name in ("alibi", "original")},
+            "models": {
+                "alibi": save(hf_alibi.apply_alibi(alibi), tmp_path / "alibi", tokenizer),
+                "original": save(original, tmp_path / "original", tokenizer),
+            },
             "train_length": TRAIN_LENGTH,
             "lengths": list(LENGTHS),
             "scored_tokens": SCORED,
-            "train_file": [str(path)],
+            "train_file": [str(text)],
             "validation_fraction": 0.5,
             "output_dir": str(tmp_path / "out"),
             **settings,
         }
-        Path(tmp_path / "run.yaml").write_text(json.dumps(config))
-        return extrapolate([str(tmp_path / "run.yaml")]), weights
+        return extrapolate(config_file(config, tmp_path / "run.yaml")), weights
 
     return compare
 
@@ -170,9 +170,8 @@ def test_every_protocol_and_baseline_is_that_of_brute_force(run):
     }
     assert len(results["rows"]) == 9 * 2 * len(LENGTHS)
     check(results["rows"], weights, stream_of(document_bos=False))
-    by_key = {(r["model"], r["context"], r["protocol"], r["length"]): r["nats_per_token"] for r in results["rows"]}
     # The numbers differ, or equal ones would prove nothing.
-    at_64 = [round(nats, 5) for (_, context, protocol, length), nats in by_key.items() if length == 64]
+    at_64 = [round(row["nats_per_token"], 5) for row in results["rows"] if row["length"] == 64]
     assert len(set(at_64)) == len(at_64)
 
 

@@ -1,12 +1,12 @@
 """Attention over the last tokens, against dense float64 attention under a band; what it does not know, it refuses."""
 
 import copy
-import math
 
 import pytest
 import torch
 from transformers import AttentionInterface, DynamicCache
 
+from helpers import reference
 from helpers.models import stock_model, tokens
 from hf_alibi.evaluation import sliding_window
 from hf_alibi.evaluation.sliding_window import sliding_window_attention
@@ -14,13 +14,10 @@ from hf_alibi.evaluation.sliding_window import sliding_window_attention
 
 def banded(query, key, value, *, window, scale):
     """Softmax attention of each query over itself and the `window - 1` keys before it, in float64, dense."""
-    groups = query.shape[1] // key.shape[1]
-    query, key, value = query.double(), key.double().repeat_interleave(groups, 1), value.double()
-    value = value.repeat_interleave(groups, 1)
-    length = query.shape[2]
-    logits = query @ key.transpose(-1, -2) * scale
-    outside = torch.ones(length, length).tril().triu(1 - window) == 0
-    return logits.masked_fill(outside, -math.inf).softmax(-1) @ value
+    batch, heads, length, _ = query.shape
+    band = torch.ones(batch, length, length).tril().triu(1 - window) == 1
+    position = torch.arange(length).expand(batch, -1)
+    return reference.attention(query, key, value, band, position, torch.zeros(heads), scale)
 
 
 def attention(window):

@@ -22,17 +22,21 @@ def results(**perplexities):
 
 
 @pytest.fixture
-def drawn(monkeypatch):
-    """Collects the figures as they are saved."""
+def draw(tmp_path, monkeypatch):
+    """Draw a picture, check its file, and return the figure."""
     figures = []
     save = plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure) or save(figure, path))
 
-    def keep(figure, path):
-        figures.append(figure)
-        save(figure, path)
+    def check(function, data):
+        path = tmp_path / "picture.png"
+        function(data, path)
+        assert [found.name for found in tmp_path.iterdir()] == ["picture.png"]
+        assert path.read_bytes().startswith(PNG)
+        assert path.stat().st_size > 5000
+        return figures[-1]
 
-    monkeypatch.setattr(plots, "_save", keep)
-    return figures
+    return check
 
 
 def lines(figure):
@@ -40,15 +44,8 @@ def lines(figure):
     return {line.get_label(): line for line in figure.axes[0].get_lines()}
 
 
-def is_picture(path):
-    return path.read_bytes().startswith(PNG) and path.stat().st_size > 5000
-
-
-def test_perplexity_has_a_panel_a_protocol_and_a_line_a_model(tmp_path, drawn):
-    perplexity_by_length(results(alibi=(9, 8, 7), other=(9, 10, 11), other__cropped=(9, 9, 9)), tmp_path / "p.png")
-    assert is_picture(tmp_path / "p.png")
-    assert [path.name for path in tmp_path.iterdir()] == ["p.png"]
-    (figure,) = drawn
+def test_perplexity_has_a_panel_a_protocol_and_a_line_a_model(draw):
+    figure = draw(perplexity_by_length, results(alibi=(9, 8, 7), other=(9, 10, 11), other__cropped=(9, 9, 9)))
     assert len(figure.axes) == 2
     found = lines(figure)
     assert list(found["alibi"].get_ydata()) == [9, 8, 7]
@@ -60,19 +57,17 @@ def test_perplexity_has_a_panel_a_protocol_and_a_line_a_model(tmp_path, drawn):
     assert "stride an eighth of the length" in figure.axes[0].get_title()
 
 
-def test_a_model_that_cannot_run_is_crossed_at_its_last_length(tmp_path, drawn):
-    perplexity_by_length(results(table=(9, 8, None), none=(None, None, None)), tmp_path / "p.png")
-    found = lines(drawn[0])
+def test_a_model_that_cannot_run_is_crossed_at_its_last_length(draw):
+    found = lines(draw(perplexity_by_length, results(table=(9, 8, None), none=(None, None, None))))
     cross = found["table (cannot run past 16)"]
     assert (cross.get_marker(), list(cross.get_xdata()), list(cross.get_ydata())) == ("x", [16], [8])
     assert "none (cannot run at these lengths)" in found
 
 
-def test_baselines_share_the_colour_of_their_model_and_differ_in_style(tmp_path, drawn):
+def test_baselines_share_the_colour_of_their_model_and_differ_in_style(draw):
     names = ["cropped", "rope_linear", "rope_dynamic", "rope_yarn", "sliding_window"]
     made = results(a=(9, 8, 7), b=(9, 10, 11), b__rope_yarn=(8, 8, 8), **{f"a__{name}": (9, 9, 9) for name in names})
-    perplexity_by_length(made, tmp_path / "p.png")
-    found = lines(drawn[0])
+    found = lines(draw(perplexity_by_length, made))
     of_a = [found[label] for label in found if label == "a" or label.startswith("a, ")]
     assert len(of_a) == 6
     assert {line.get_color() for line in of_a} == {found["a"].get_color()} != {found["b"].get_color()}
@@ -81,19 +76,18 @@ def test_baselines_share_the_colour_of_their_model_and_differ_in_style(tmp_path,
     assert found["b, label of rope_yarn"].get_color() == found["b"].get_color()
 
 
-def test_bands_are_the_intervals_of_the_models(tmp_path, drawn):
-    perplexity_by_length(results(a=(9, 8, 7), b=(9, None, None), a__rope_yarn=(5, 5, 5)), tmp_path / "p.png")
-    bands = [band.get_paths()[0].vertices for band in drawn[0].axes[0].collections]
+def test_bands_are_the_intervals_of_the_models(draw):
+    figure = draw(perplexity_by_length, results(a=(9, 8, 7), b=(9, None, None), a__rope_yarn=(5, 5, 5)))
+    bands = [band.get_paths()[0].vertices for band in figure.axes[0].collections]
     assert len(bands) == 2
     assert (bands[0][:, 1].min(), bands[0][:, 1].max()) == pytest.approx((7 / 1.1, 9 * 1.1))
 
 
-def test_passkeys_are_a_map_a_model(tmp_path, drawn):
+def test_passkeys_are_a_map_a_model(draw):
     made = results(a=(9, 8, 7), b=(9, 10, 11), b__rope_yarn=(8, 8, 8))
     found = {("a", "full"): (10, 5, 0), ("b", "full"): (3, None, None), ("b", "rope_yarn"): (0, 0, 0)}
-    passkey_map(with_keys(made, found, lengths=LENGTHS), tmp_path / "k.png")
-    assert is_picture(tmp_path / "k.png")
-    panels = {panel.get_title(): panel for panel in drawn[0].axes if panel.get_title()}
+    figure = draw(passkey_map, with_keys(made, found, lengths=LENGTHS))
+    panels = {panel.get_title(): panel for panel in figure.axes if panel.get_title()}
     assert list(panels) == ["a", "b", "b, label of rope_yarn"]
     shown = panels["a"].images[0].get_array()
     assert shown.tolist() == [[1.0, 0.5, 0.0], [1.0, 0.5, 0.0]]
@@ -102,42 +96,32 @@ def test_passkeys_are_a_map_a_model(tmp_path, drawn):
 
 
 @pytest.mark.parametrize(("last", "scale"), [(11.0, "linear"), (4000.0, "log")])
-def test_values_far_apart_get_a_logarithmic_axis(tmp_path, drawn, last, scale):
-    perplexity_by_length(results(a=(9, 8, 7), b=(9, 10, last)), tmp_path / "p.png")
-    assert drawn[0].axes[0].get_yscale() == scale
+def test_values_far_apart_get_a_logarithmic_axis(draw, last, scale):
+    figure = draw(perplexity_by_length, results(a=(9, 8, 7), b=(9, 10, last)))
+    assert figure.axes[0].get_yscale() == scale
 
 
-def test_loss_by_position_puts_bins_at_their_middle(tmp_path, drawn):
-    loss_by_position(results(alibi=(9, 8, 7)), tmp_path / "l.png")
-    assert is_picture(tmp_path / "l.png")
-    line = lines(drawn[0])["alibi (2 windows of 32 tokens)"]
+def test_loss_by_position_puts_bins_at_their_middle(draw):
+    line = lines(draw(loss_by_position, results(alibi=(9, 8, 7))))["alibi (2 windows of 32 tokens)"]
     assert list(line.get_xdata()) == pytest.approx([1, (2 * 4) ** 0.5, (5 * 32) ** 0.5])
     assert list(line.get_ydata()) == [3.0, 3.0, 3.0]
 
 
-def test_loss_by_position_without_any_curve_is_still_a_picture(tmp_path):
-    loss_by_position({**results(a=(None, None, None)), "position_loss": {}}, tmp_path / "l.png")
-    assert is_picture(tmp_path / "l.png")
+def test_loss_by_position_without_any_curve_is_still_a_picture(draw):
+    draw(loss_by_position, {**results(a=(None, None, None)), "position_loss": {}})
 
 
 UNTAUGHT = {"teacher_name_or_path": None}
 
 
-def test_loss_curve_draws_what_the_history_has(tmp_path, drawn):
-    history = [
-        {"step": 1, "loss": 5.0},
-        {"step": 2, "loss": 4.0, "eval_loss": 4.5},
-        {"step": 3, "runtime": 1.0},
-    ]
-    loss_curve({"history": history, "config": UNTAUGHT}, tmp_path / "c.png")
-    assert is_picture(tmp_path / "c.png")
-    found = lines(drawn[0])
+def test_loss_curve_draws_what_the_history_has(draw):
+    history = [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0, "eval_loss": 4.5}, {"step": 3, "runtime": 1.0}]
+    found = lines(draw(loss_curve, {"history": history, "config": UNTAUGHT}))
     assert list(found["training"].get_xdata()) == [1, 2]
     assert list(found["held-out"].get_ydata()) == [4.5]
-    loss_curve({"history": [], "config": UNTAUGHT}, tmp_path / "empty.png")
-    assert is_picture(tmp_path / "empty.png")
-    loss_curve({"history": history, "config": {"teacher_name_or_path": "teacher"}}, tmp_path / "taught.png")
-    assert set(lines(drawn[-1])) == {"training, distance to the teacher", "held-out"}
+    draw(loss_curve, {"history": [], "config": UNTAUGHT})
+    taught = draw(loss_curve, {"history": history, "config": {"teacher_name_or_path": "teacher"}})
+    assert set(lines(taught)) == {"training, distance to the teacher", "held-out"}
 
 
 def test_pictures_leave_the_global_state_of_pyplot_alone(tmp_path):

@@ -1,6 +1,7 @@
 """The report says what the numbers say, whichever way they go."""
 
 import math
+import re
 
 import pytest
 
@@ -13,15 +14,36 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 LENGTHS = [128, 512, 2048]
 ALIBI, ORIGINAL, CROPPED = ("alibi", "full"), ("original", "full"), ("original", "cropped")
 YARN, SLOPES = ("original", "rope_yarn"), ("alibi", "alibi_linear")
+FALLING = (29.0, 28.0, 27.0)
 LABELS = {"rope_yarn": "YaRN ×4", "alibi_linear": "slopes ÷16"}
 
 
-def results_of(alibi, *, cropped=True, extra=None, **options):
+def results_of(alibi=FALLING, *, cropped=True, extra=None, **options):
     """Results of an ALiBi model with these perplexities and an original that stops at 128 with 30."""
     lines = {ALIBI: alibi, ORIGINAL: (30.0, None, None)}
     if cropped:
         lines[CROPPED] = (30.0, 30.0, 30.0)
     return made_up_results({**lines, **(extra or {})}, lengths=LENGTHS, labels=LABELS, **options)
+
+
+def results_with_keys(alibi):
+    """The same, with a probe that finds so many of ten keys at each depth."""
+    return with_keys(results_of(), {ALIBI: alibi, ORIGINAL: (10, None)}, lengths=[128, 2048])
+
+
+def results_with(values, *where):
+    """The same, with these values at that place."""
+    results = place = results_of()
+    for name in where:
+        place = place[name]
+    place |= values
+    return results
+
+
+def trained(steps, tokens, *, model="alibi", continued=False):
+    """The same, with a model that was trained so."""
+    training = {"steps": steps, "tokens": tokens, "distilled": 0, "continued": continued}
+    return results_with({"training": training}, "models", model)
 
 
 @pytest.fixture
@@ -38,6 +60,11 @@ def written(tmp_path):
     return write
 
 
+@pytest.fixture
+def text(written):
+    return written(results_of())
+
+
 def findings(text):
     """The sentences of the findings."""
     return [line[2:] for line in text.split("## Findings\n")[1].split("\n## ")[0].splitlines() if line]
@@ -50,8 +77,14 @@ def says(text, *words):
     return found[0]
 
 
+def reads(text, said):
+    """Whether one finding is this sentence, in which … stands for anything."""
+    pattern = ".*".join(map(re.escape, said.split("…")))
+    return sum(re.fullmatch(pattern, line) is not None for line in findings(text)) == 1
+
+
 def test_tables_come_first_and_findings_are_at_most_five_sentences(written):
-    text = written(with_keys(results_of((29.0, 28.0, 27.0)), {ALIBI: (10, 1)}, lengths=[128, 2048]))
+    text = written(results_with_keys((10, 1)))
     headings = [line for line in text.splitlines() if line.startswith("## ")]
     assert headings[:4] == [
         "## Sliding window, stride an eighth of the length",
@@ -65,191 +98,153 @@ def test_tables_come_first_and_findings_are_at_most_five_sentences(written):
 
 class TestTraining:
     def test_steps_and_tokens_come_first(self, written):
-        assert findings(written(results_of((29.0, 28.0, 27.0))))[0] == (
+        assert findings(written(results_of()))[0] == (
             "**alibi** was trained for 2,000 steps on 1,000,000 tokens, after its layers were fitted to 300,000 "
             "tokens; **original** was trained for 2,000 steps on 1,000,000 tokens."
         )
 
-    @pytest.mark.parametrize("training", [{"steps": 6, "tokens": 10**6}, {"steps": 1000, "tokens": 99_999}])
-    def test_too_little_training_gets_no_conclusions(self, written, training):
-        results = results_of((29.0, 28.0, 27.0))
-        results["models"]["alibi"]["training"] = {**training, "distilled": 0, "continued": False}
+    @pytest.mark.parametrize(("steps", "tokens"), [(6, 10**6), (1000, 99_999)])
+    def test_too_little_training_gets_no_conclusions(self, written, steps, tokens):
+        results = trained(steps, tokens)
         first, *others = findings(written(results))
         assert first.endswith(": too little for **alibi** to be judged by, so nothing is concluded here.")
-        assert f"trained for {training['steps']:,} steps on {training['tokens']:,} tokens" in first
+        assert f"trained for {steps:,} steps on {tokens:,} tokens" in first
         assert len(others) == 1
         assert "passkey" in others[0]
         line = price(results, "alibi", "original", "sliding")
         assert line.endswith("(29.00 against 30.00): too little training to judge by.")
 
     def test_a_conversion_that_is_trained_further_is_not_judged_by_its_last_steps(self, written):
-        results = results_of((29.0, 28.0, 27.0))
-        results["models"]["alibi"]["training"] = {"steps": 2, "tokens": 64, "distilled": 0, "continued": True}
-        first = findings(written(results))[0]
+        first = findings(written(trained(2, 64, continued=True)))[0]
         assert first.startswith("**alibi** was trained further, for 2 steps on 64 tokens; **original**")
         assert "too little" not in first
 
     def test_keys_are_counted_and_not_read_after_too_little_training(self, written):
-        results = with_keys(results_of((29.0, 28.0, 27.0)), {ALIBI: (10, 0)}, lengths=[128, 2048])
+        results = results_with_keys((10, 0))
         results["models"]["alibi"]["training"]["steps"] = 10
         assert says(written(results), "Of passkeys").endswith("0 of 20 [0%, 16%] at 2048.")
 
-    def test_a_probe_that_a_model_cannot_run_was_run(self, written):
-        results = with_keys(results_of((29.0, 28.0, 27.0)), {ALIBI: (None,)}, lengths=[4096])
-        assert says(written(results), "passkey probe") == "**alibi** runs at none of the lengths of the passkey probe."
-
     def test_just_enough_is_enough(self, written):
-        results = results_of((29.0, 28.0, 27.0))
-        results["models"]["alibi"]["training"] = {"steps": 50, "tokens": 100_000, "distilled": 0, "continued": False}
-        assert len(findings(written(results))) == 5
+        assert len(findings(written(trained(50, 100_000)))) == 5
 
     def test_an_original_as_it_was_given_is_judged(self, written):
-        results = results_of((29.0, 28.0, 27.0))
-        results["models"]["original"]["training"] = None
+        results = results_with({"training": None}, "models", "original")
         assert findings(written(results))[0].endswith("; how long **original** was trained is not known.")
         assert len(findings(written(results))) == 5
 
+    def test_a_comparison_of_unequal_training_gives_no_advice_and_no_price(self, written):
+        unknown = results_with({"training": None}, "models", "original")
+        for text in map(written, (unknown, trained(3, 192, model="original"))):
+            assert says(text, "best form").endswith("(27.00 against 30.00).")
+            assert says(text, "the length of the training").endswith(
+                "not known to be trained alike, so not the price of the conversion alone."
+            )
 
-class TestPrice:
-    def test_worse(self, written):
-        assert says(written(results_of((33.0, 28.0, 27.0))), "the length of the training") == (
+
+@pytest.mark.parametrize(
+    ("results", "said"),
+    [
+        (
+            results_of((33.0, 28.0, 27.0)),
             "At 128 tokens, the length of the training, the perplexity of **alibi** is 1.100 [1.089, 1.111] times that "
-            "of **original** (33.00 against 30.00): that is the price of the conversion."
-        )
-
-    def test_better_and_neither(self, written):
-        assert "costs nothing there" in says(written(results_of((29.0, 28.0, 27.0))), "the length of the training")
-        assert "has no measurable price there" in says(
-            written(results_of((30.1, 28.0, 27.0))), "the length of the training"
-        )
-
-    def test_it_is_the_number_of_the_sliding_protocol(self, written):
-        results = results_of((33.0, 28.0, 27.0))
-        for entry in results["comparisons"]:
-            if entry["protocol"] != "sliding":
-                entry |= {"ratio": 9.0, "ratio_low": 8.0, "ratio_high": 9.5}
-        assert "1.100" in says(written(results), "the length of the training")
-
-
-class TestLongerThanTraining:
-    def test_falling_perplexity_helps(self, written):
-        assert says(written(results_of((29.0, 28.0, 27.0))), "times its own") == (
+            "of **original** (33.00 against 30.00): that is the price of the conversion.",
+        ),
+        (results_of(FALLING), "…the length of the training…costs nothing there…"),
+        (results_of((30.1, 28.0, 27.0)), "…the length of the training…has no measurable price there…"),
+        (
+            results_of(FALLING),
             f"At 2048 tokens, 16 {TIMES} the training length, the perplexity of **alibi** is 0.931 [0.922, 0.940] "
-            "times its own at 128 (27.00 against 29.00): the added context helps."
-        )
-
-    def test_rising_perplexity_hurts(self, written):
-        line = says(written(results_of((29.0, 31.0, 33.0))), "times its own")
-        assert "is 1.138 [1.127, 1.149] times" in line
-        assert line.endswith(": the added context hurts.")
-
-    def test_a_difference_within_its_interval_is_none(self, written):
-        assert says(written(results_of((30.0, 30.0, 30.2))), "times its own").endswith(": no difference is shown.")
+            "times its own at 128 (27.00 against 29.00): the added context helps.",
+        ),
+        (results_of((29.0, 31.0, 33.0)), "…is 1.138 [1.127, 1.149] times its own…: the added context hurts."),
+        (results_of((30.0, 30.0, 30.2)), "…times its own…: no difference is shown."),
         # The same numbers with narrower intervals are a difference.
-        assert "hurts" in says(written(results_of((30.0, 30.0, 30.2), spread=0.001)), "times its own")
-
-    def test_an_unconverted_model_has_no_training_length_here(self, written):
-        text = written(made_up_results({ORIGINAL: (30.0, 31.0, 32.0)}, lengths=LENGTHS))
-        assert says(text, "times its own").startswith("At 2048 tokens the perplexity of **original**")
-        assert "converting" not in text
-
-
-class TestAgainstTheBest:
-    def test_the_lowest_perplexity_at_each_length_counts(self, written):
-        text = written(results_of((31.0, 30.1, 27.0), extra={YARN: (30.0, 25.0, 60.0)}))
-        assert says(text, "best form") == (
+        (results_of((30.0, 30.0, 30.2), spread=0.001), "…times its own…hurts…"),
+        # The lowest perplexity at each length counts.
+        (
+            results_of((31.0, 30.1, 27.0), extra={YARN: (30.0, 25.0, 60.0)}),
             "Against the best form of **original** at each length (itself, cropped to 128, YaRN ×4), **alibi** wins at "
             "2048 and loses at 128 and 512; at 2048 that is **original, cropped to 128**, and the perplexity of "
             "**alibi** is 0.900 [0.891, 0.909] times its (27.00 against 30.00): these numbers speak for converting at "
-            "2048 tokens."
-        )
+            "2048 tokens.",
+        ),
+        # A tie is not a win.
+        (
+            results_of((31.0, 29.9, 29.9)),
+            "…best form…loses at 128 and shows no difference at 512 and 2048…: these numbers do not speak for "
+            "converting.",
+        ),
+        (results_of((31.0, 29.9, 29.9), spread=0.001), "…: these numbers speak for converting at 512 to 2048 tokens."),
+        # One baseline that is as good is enough to not convert.
+        (results_of((31.0, 28.0, 27.0), extra={YARN: (31.0, 28.0, 27.0)}), "…best form…do not speak for converting…"),
+        # A win that does not last is no reason to convert.
+        (results_of((31.0, 28.0, 31.0)), "…wins at 512 and loses at 128 and 2048…do not speak for converting…"),
+        # Where nothing else runs it may be bad: alone is not better.
+        (
+            results_of((31.0, 30.0, 29.0), cropped=False),
+            "…loses at 128 and is alone at 512 and 2048, where **original** cannot run.",
+        ),
+        (results_of((30.0, 30.0, 30.0)), "…**alibi** shows no difference at 128, 512 and 2048; at 2048…"),
+        # The slopes of the converted model are no rival.
+        (results_of(FALLING, extra={SLOPES: (9.0, 9.0, 9.0)}), "…best form…wins at 128, 512 and 2048…"),
+        # Exploding perplexity is a factor.
+        (results_of((29.0, 300.0, 3000.0)), "…best form…100.0 [99.01, 101.0] times its (3000 against 30.00)…"),
+        # A loss of keys counts though the intervals of both ends meet, and a low start says nothing about length.
+        (
+            results_with_keys((10, 1)),
+            "Of passkeys **alibi** finds 20 of 20 [84%, 100%] at 128 tokens and 2 of 20 [3%, 30%] at 2048: it finds "
+            "less in long contexts.",
+        ),
+        (results_with_keys((10, 7)), "Of passkeys…14 of 20 [48%, 85%] at 2048: it finds less…"),
+        (results_with_keys((10, 9)), "Of passkeys…: no loss with length is shown."),
+        (results_with_keys((4, 0)), "Of passkeys…: it does not know the task, so this says nothing about length."),
+    ],
+)
+def test_findings_follow_from_the_numbers(written, results, said):
+    text = written(results)
+    assert reads(text, said), findings(text)
 
-    def test_a_tie_is_not_a_win(self, written):
-        line = says(written(results_of((31.0, 29.9, 29.9))), "best form")
-        assert "loses at 128 and shows no difference at 512 and 2048" in line
-        assert line.endswith(": these numbers do not speak for converting.")
-        line = says(written(results_of((31.0, 29.9, 29.9), spread=0.001)), "best form")
-        assert line.endswith(": these numbers speak for converting at 512 to 2048 tokens.")
 
-    def test_one_baseline_that_is_as_good_is_enough_to_not_convert(self, written):
-        line = says(written(results_of((31.0, 28.0, 27.0), extra={YARN: (31.0, 28.0, 27.0)})), "best form")
-        assert "do not speak for converting" in line
+def test_the_price_is_the_number_of_the_sliding_protocol(written):
+    results = results_of((33.0, 28.0, 27.0))
+    for entry in results["comparisons"]:
+        if entry["protocol"] != "sliding":
+            entry |= {"ratio": 9.0, "ratio_low": 8.0, "ratio_high": 9.5}
+    assert "1.100" in says(written(results), "the length of the training")
 
-    def test_a_win_that_does_not_last_is_no_reason_to_convert(self, written):
-        line = says(written(results_of((31.0, 28.0, 31.0))), "best form")
-        assert "wins at 512 and loses at 128 and 2048" in line
-        assert "do not speak for converting" in line
 
-    def test_where_nothing_else_runs(self, written):
-        line = says(written(results_of((31.0, 30.0, 29.0), cropped=False)), "best form")
-        # It may be bad there: alone is not better.
-        assert line.endswith("loses at 128 and is alone at 512 and 2048, where **original** cannot run.")
-
-    def test_a_comparison_of_unequal_training_gives_no_advice_and_no_price(self, written):
-        for training in (None, {"steps": 3, "tokens": 192, "distilled": 0, "continued": False}):
-            results = results_of((29.0, 28.0, 27.0))
-            results["models"]["original"]["training"] = training
-            assert says(written(results), "best form").endswith("(27.00 against 30.00).")
-            line = says(written(results), "the length of the training")
-            assert line.endswith("not known to be trained alike, so not the price of the conversion alone.")
-
-    def test_no_difference_at_all_is_a_sentence(self, written):
-        line = says(written(results_of((30.0, 30.0, 30.0))), "best form")
-        assert "**alibi** shows no difference at 128, 512 and 2048; at 2048" in line
-
-    def test_the_slopes_of_the_converted_model_are_no_rival(self, written):
-        text = written(results_of((29.0, 28.0, 27.0), extra={SLOPES: (9.0, 9.0, 9.0)}))
-        assert "wins at 128, 512 and 2048" in says(text, "best form")
-
-    def test_exploding_perplexity_is_a_factor(self, written):
-        assert "100.0 [99.01, 101.0] times its (3000 against 30.00)" in written(results_of((29.0, 300.0, 3000.0)))
+def test_an_unconverted_model_has_no_training_length(written):
+    text = written(made_up_results({ORIGINAL: (30.0, 31.0, 32.0)}, lengths=LENGTHS))
+    assert says(text, "times its own").startswith("At 2048 tokens the perplexity of **original**")
+    assert "converting" not in text
 
 
 class TestPasskeys:
-    def found(self, results, alibi, original=(10, None)):
-        return with_keys(results, {ALIBI: alibi, ORIGINAL: original}, lengths=[128, 2048])
-
-    def test_not_run(self, written):
-        text = written(results_of((29.0, 28.0, 27.0)))
+    def test_not_run(self, text):
         assert "is not known: the passkey probe was not run (`passkey_cases`)" in says(text, "far back")
         assert "whether distant facts are found is not known" in text
         assert "passkey.png" not in text
 
-    def test_lost_with_length(self, written):
-        text = written(self.found(results_of((29.0, 28.0, 27.0)), (10, 1)))
-        line = says(text, "Of passkeys **alibi** finds")
-        assert "finds 20 of 20 [84%, 100%] at 128 tokens and 2 of 20 [3%, 30%] at 2048" in line
-        assert line.endswith(": it finds less in long contexts.")
+    def test_keys_found_have_a_table_and_a_picture(self, written):
+        results = results_with_keys((10, 1))
+        assert [name for name, _ in passkey_rows(results)] == ["alibi", "original"]
+        text = written(results)
         assert "| alibi | 100% [84%, 100%] | 10% [3%, 30%] |" in text
         assert "| original | 100% [84%, 100%] | cannot run |" in text
         assert "![Share of keys found by depth and length, one panel a model](passkey.png)" in text
         assert "was not run" not in text
 
-    def test_a_loss_counts_though_the_intervals_of_both_ends_meet(self, written):
-        line = says(written(self.found(results_of((29.0, 28.0, 27.0)), (10, 7))), "Of passkeys")
-        assert "14 of 20 [48%, 85%] at 2048: it finds less" in line
-
-    def test_kept(self, written):
-        line = says(written(self.found(results_of((29.0, 28.0, 27.0)), (10, 9))), "Of passkeys")
-        assert line.endswith(": no loss with length is shown.")
-
-    def test_a_low_start_says_nothing_about_length(self, written):
-        line = says(written(self.found(results_of((29.0, 28.0, 27.0)), (4, 0))), "Of passkeys")
-        assert line.endswith(": it does not know the task, so this says nothing about length.")
-
-    def test_table_rows_are_named(self):
-        results = self.found(results_of((29.0, 28.0, 27.0)), (10, 1))
-        assert [name for name, _ in passkey_rows(results)] == ["alibi", "original"]
+    def test_a_probe_that_a_model_cannot_run_was_run(self, written):
+        results = with_keys(results_of(), {ALIBI: (None,)}, lengths=[4096])
+        assert says(written(results), "passkey probe") == "**alibi** runs at none of the lengths of the passkey probe."
 
 
-def test_a_model_that_cannot_run_is_in_the_tables(written):
-    text = written(results_of((29.0, 28.0, 27.0)))
+def test_a_model_that_cannot_run_is_in_the_tables(text):
     assert text.count("| original | 30.00 [27.27, 33.00] | cannot run | cannot run |") == 2
     assert text.count("| original, cropped to 128 | " + " | ".join(["30.00 [27.27, 33.00]"] * 3)) == 2
 
 
-def test_tables_have_both_protocols_intervals_and_units(written):
-    text = written(results_of((29.0, 28.0, 27.0)))
+def test_tables_have_both_protocols_intervals_and_units(text):
     assert text.count(f"| model | 128 (1 {TIMES}) | 512 (4 {TIMES}) | 2048 (16 {TIMES}) |") == 4
     assert text.count("| tokens seen | 113–128 | 449–512 | 1793–2048 |") == 2
     assert text.count("| tokens seen | 1–128 | 1–512 | 1–2048 |") == 2
@@ -265,81 +260,69 @@ def test_every_comparison_is_in_a_table_of_ratios(written):
 
 
 def test_each_model_has_its_own_limit_and_training(written):
-    results = results_of((29.0, 28.0, 27.0))
-    results["models"]["original"] |= {"made_for": 8192, "training": None}
-    text = written(results)
+    text = written(results_with({"made_for": 8192, "training": None}, "models", "original"))
     assert "| ALiBi | any length, trained at 128 | 2,000 steps, 1,000,000 tokens |" in text
     assert r"| p\|q | 8,192 tokens | not known |" in text
     assert "how many times the 128 tokens it is that conversions are trained at" in text
-    results["models"]["original"]["made_for"] = None
-    assert r"| p\|q | not said |" in written(results)
+    assert r"| p\|q | not said |" in written(results_with({"made_for": None}, "models", "original"))
 
 
 @pytest.mark.parametrize(
-    ("documents", "windows", "words"),
+    ("settings", "words"),
     [
-        (None, None, "documents do not begin with a beginning-of-sequence token; nor does any window."),
-        ("<s>", "<s>", "begins with `<s>`; every window begins with `<s>`, in place of its oldest token."),
-        ("<s>", None, "every document begins with `<s>`; windows begin in the middle of documents, without one."),
-        (None, "<s>", "documents do not begin with one; every window begins with `<s>`, in place of its oldest token."),
+        ({}, "documents do not begin with a beginning-of-sequence token; nor does any window."),
+        (
+            {"document_bos": "<s>", "window_bos": "<s>"},
+            "begins with `<s>`; every window begins with `<s>`, in place of its oldest token.",
+        ),
+        (
+            {"document_bos": "<s>"},
+            "every document begins with `<s>`; windows begin in the middle of documents, without one.",
+        ),
+        (
+            {"window_bos": "<s>"},
+            "documents do not begin with one; every window begins with `<s>`, in place of its oldest token.",
+        ),
+        ({"stride": 16}, "## Sliding window, stride 16 tokens"),
+        ({"stride": 16}, "moves on by 16 tokens and scores only the tokens that are new in it."),
     ],
 )
-def test_the_beginning_of_sequence_is_told(written, documents, windows, words):
-    results = results_of((29.0, 28.0, 27.0))
-    results["settings"] |= {"document_bos": documents, "window_bos": windows}
-    assert words in written(results)
-
-
-def test_a_fixed_stride_is_named(written):
-    results = results_of((29.0, 28.0, 27.0))
-    results["settings"]["stride"] = 16
-    text = written(results)
-    assert "## Sliding window, stride 16 tokens" in text
-    assert "moves on by 16 tokens and scores only the tokens that are new in it." in text
+def test_the_beginning_of_sequence_and_a_fixed_stride_are_told(written, settings, words):
+    assert words in written(results_with(settings, "settings"))
 
 
 def test_one_window_is_singular(written):
-    results = results_of((29.0, 28.0, 27.0))
-    results["position_loss"]["alibi"]["windows"] = 1
-    text = written(results)
+    text = written(results_with({"windows": 1}, "position_loss", "alibi"))
     assert "alibi: 1 window of 2048 tokens" in text
     assert "original: 2 windows of 2048 tokens" in text
 
 
-def test_it_says_how_intervals_were_made(written):
-    results = results_of((29.0, 28.0, 27.0))
-    assert "95% percentile bootstrap, 2000 resamples, documents drawn with replacement, 40 of them" in written(results)
-    results["intervals"] |= {"unit": "blocks", "units": 32, "documents": 3, "block_tokens": 256}
-    text = written(results)
+def test_it_says_how_intervals_were_made(text, written):
+    assert "95% percentile bootstrap, 2000 resamples, documents drawn with replacement, 40 of them" in text
+    blocks = {"unit": "blocks", "units": 32, "documents": 3, "block_tokens": 256}
+    text = written(results_with(blocks, "intervals"))
     assert "blocks of 256 neighbouring tokens drawn with replacement, 32 of them" in text
     assert "documents in the scored tokens: 3, too few to draw from" in text
 
 
 def test_what_is_left_out_is_said_with_the_reason(written):
-    results = results_of((29.0, 28.0, 27.0))
-    results["models"]["original"]["left_out"] = {"rope_yarn": "of this", "rope_linear": "of this", "x": "of that"}
-    text = written(results)
+    left_out = {"rope_yarn": "of this", "rope_linear": "of this", "x": "of that"}
+    text = written(results_with({"left_out": left_out}, "models", "original"))
     assert "- **original** has no `rope_yarn` or `rope_linear`: of this." in text
     assert "- **original** has no `x`: of that." in text
 
 
-def test_it_says_what_was_compared_and_what_is_not_shown(written):
-    text = written(results_of((29.0, 28.0, 27.0)))
-    assert "The same 8,192 tokens" in text
-    assert "some text" in text
-    assert r"p\|q" in text
-    assert "12,345" in text
-    assert "(perplexity.png)" in text
-    assert "(position_loss.png)" in text
-    assert "not long-context use" in text
-    assert "early-token curse" in text
+def test_it_says_what_was_compared_and_what_is_not_shown(text):
+    compared = ("The same 8,192 tokens", "some text", r"p\|q", "12,345", "(perplexity.png)", "(position_loss.png)")
+    for words in (*compared, "not long-context use", "early-token curse"):
+        assert words in text
     assert "None" not in text
 
 
-def test_the_cropped_baseline_is_explained_where_there_is_one(written):
+def test_the_cropped_baseline_is_explained_where_there_is_one(text, written):
     reason = "which reads only the last 128 tokens at every length"
-    assert reason in written(results_of((29.0, 28.0, 27.0)))
-    without = written(results_of((29.0, 28.0, 27.0), cropped=False))
+    assert reason in text
+    without = written(results_of(cropped=False))
     assert reason not in without
     assert "cropped" not in without
 

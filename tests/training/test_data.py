@@ -1,11 +1,11 @@
-import json
+from pathlib import Path
 
 import datasets
 import pytest
 import torch
 
 from helpers.made_up import word_tokenizer
-from hf_alibi.errors import InputError
+from helpers.runs import BYTES, refused
 from hf_alibi.training.data import (
     bos_token_id,
     count_bytes,
@@ -20,9 +20,7 @@ from hf_alibi.training.settings import DataArguments
 EOS = 1  # of the byte tokenizer
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +28,26 @@ def tokenizer():
     return load_tokenizer("bytes")
 
 
-def write(path, *texts):
+def write(name, *texts):
     """Write documents in the format that the file's name says."""
-    if path.suffix == ".txt":
-        path.write_text("".join(texts))
-    elif path.suffix == ".parquet":
-        datasets.Dataset.from_dict({"text": list(texts)}).to_parquet(str(path))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps([{"text": text} for text in texts]))
+    if name.endswith(".txt"):
+        Path(name).write_text("".join(texts))
+    elif name.endswith(".parquet"):
+        datasets.Dataset.from_dict({"text": list(texts)}).to_parquet(name)
     else:
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return str(path)
+        datasets.Dataset.from_dict({"text": list(texts)}).to_json(name, lines=name.endswith("l"))
+    return name
+
+
+def documents(**settings):
+    return load_documents(DataArguments(**settings))["text"][:]
+
+
+def split(tokenizer, *texts, validation_fraction=0, **settings):
+    """Tokens to train on and held out of documents with these texts."""
+    files = [write("a.jsonl", *texts)]
+    settings = DataArguments(train_file=files, validation_fraction=validation_fraction, **settings)
+    return load_tokens(settings, tokenizer)
 
 
 def byte_ids(text):
@@ -48,71 +55,60 @@ def byte_ids(text):
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".parquet"])
-def test_every_kind_of_file(tmp_path, suffix):
-    path = write(tmp_path / f"a{suffix}", "one\ntwo\n")
-    assert load_documents(DataArguments(train_file=[path]))["text"][:] == ["one\ntwo\n"]
+def test_every_kind_of_file(suffix):
+    assert documents(train_file=[write(f"a{suffix}", "one\ntwo\n")]) == ["one\ntwo\n"]
 
 
-def test_documents_keep_the_order_of_mixed_files(tmp_path):
-    paths = [
-        write(tmp_path / name, text) for name, text in (("z.txt", "first"), ("a.jsonl", "second"), ("m.txt", "third"))
-    ]
-    assert load_documents(DataArguments(train_file=paths))["text"][:] == ["first", "second", "third"]
+def test_documents_keep_the_order_of_mixed_files():
+    files = [write("z.txt", "first"), write("a.jsonl", "second"), write("m.txt", "third")]
+    assert documents(train_file=files) == ["first", "second", "third"]
 
 
-def test_documents_are_joined_by_the_end_of_sequence_token(tmp_path, tokenizer):
-    path = write(tmp_path / "a.jsonl", "ab", "é")
-    tokens = load_tokens(DataArguments(train_file=[path], validation_fraction=0), tokenizer)
-    assert tokens.train.tolist() == [*byte_ids("ab"), EOS, *byte_ids("é"), EOS]
-    assert tokens.train.dtype == torch.int64
-    assert tokens.held_out.numel() == 0
+def test_documents_are_joined_by_the_end_of_sequence_token(tokenizer):
+    train, held_out = split(tokenizer, "ab", "é")
+    assert train.tolist() == [*byte_ids("ab"), EOS, *byte_ids("é"), EOS]
+    assert train.dtype == torch.int64
+    assert held_out.numel() == 0
 
 
-def test_equal_and_empty_documents_are_dropped(tmp_path, tokenizer):
-    path = write(tmp_path / "a.jsonl", "ab", "cd", "ab", "", " \n", "ef")
-    tokens = load_tokens(DataArguments(train_file=[path], validation_fraction=0), tokenizer)
-    assert tokenizer.decode(tokens.train.tolist()) == "ab</s>cd</s>ef</s>"
+def test_equal_and_empty_documents_are_dropped(tokenizer):
+    train, _ = split(tokenizer, "ab", "cd", "ab", "", " \n", "ef")
+    assert tokenizer.decode(train.tolist()) == "ab</s>cd</s>ef</s>"
 
 
-def test_the_tail_is_held_out(tmp_path, tokenizer):
-    path = write(tmp_path / "a.txt", "0123456789" * 10)
-    whole = load_tokens(DataArguments(train_file=[path], validation_fraction=0), tokenizer).train
-    train, held_out = load_tokens(DataArguments(train_file=[path], validation_fraction=0.2), tokenizer)
+def test_the_tail_is_held_out(tokenizer):
+    whole, _ = split(tokenizer, "0123456789" * 10)
+    train, held_out = split(tokenizer, "0123456789" * 10, validation_fraction=0.2)
     assert len(held_out) == int(0.2 * len(whole))
     assert torch.equal(torch.cat([train, held_out]), whole)
 
 
-def test_validation_file_shares_no_document_with_training(tmp_path, tokenizer):
-    train = write(tmp_path / "a.jsonl", "ab", "cd")
-    held_out = write(tmp_path / "b.jsonl", "cd", "ef")
-    tokens = load_tokens(DataArguments(train_file=[train], validation_file=[held_out]), tokenizer)
+def test_validation_file_shares_no_document_with_training(tokenizer):
+    tokens = split(tokenizer, "ab", "cd", validation_file=[write("b.jsonl", "cd", "ef")])
     assert tokenizer.decode(tokens.train.tolist()) == "ab</s>cd</s>"
     assert tokenizer.decode(tokens.held_out.tolist()) == "ef</s>"
 
 
-def test_python_docs_is_the_same_every_time(tokenizer):
-    args = DataArguments(dataset_name="python-docs")
-    first, second = load_documents(args)["text"][:], load_documents(args)["text"][:]
+def test_python_docs_is_the_same_every_time():
+    first, second = documents(dataset_name="python-docs"), documents(dataset_name="python-docs")
     assert first == second
     assert sum(map(len, first)) > 100_000
     assert len(first) > 50
 
 
 def test_dataset_folder_by_name(tmp_path):
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    write(folder / "train.jsonl", "ab")
-    assert load_documents(DataArguments(dataset_name=str(folder)))["text"][:] == ["ab"]
+    Path("mine").mkdir()
+    write("mine/train.jsonl", "ab")
+    assert documents(dataset_name=str(tmp_path / "mine")) == ["ab"]
 
 
-def test_other_text_column(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"body": "ab", "n": 1}\n')
-    assert load_documents(DataArguments(train_file=[str(path)], text_column="body"))["text"][:] == ["ab"]
-    with pytest.raises(InputError, match="no column 'text'; set text_column to one of body, n"):
-        load_documents(DataArguments(train_file=[str(path)]))
-    with pytest.raises(InputError, match=r"column 'n' .* holds int64, not text"):
-        load_documents(DataArguments(train_file=[str(path)], text_column="n"))
+def test_other_text_column():
+    Path("a.jsonl").write_text('{"body": "ab", "n": 1}\n')
+    assert documents(train_file=["a.jsonl"], text_column="body") == ["ab"]
+    with refused("no column 'text'; set text_column to one of body, n"):
+        documents(train_file=["a.jsonl"])
+    with refused(r"column 'n' .* holds int64, not text"):
+        documents(train_file=["a.jsonl"], text_column="n")
 
 
 def test_blocks_do_not_overlap():
@@ -124,7 +120,7 @@ def test_blocks_do_not_overlap():
 
 
 def test_text_shorter_than_a_block():
-    with pytest.raises(InputError, match=r"the held-out text has 7 tokens.*block_size of at most 7"):
+    with refused(r"the held-out text has 7 tokens.*block_size of at most 7"):
         pack_blocks(torch.arange(7), 8, name="the held-out text")
 
 
@@ -139,26 +135,21 @@ def test_byte_tokenizer_reloads(tmp_path):
     again = load_tokenizer(str(tmp_path))
     text = "naïve\n\ttext"
     assert again(text, add_special_tokens=False).input_ids == byte_ids(text)
-    assert len(again) == len(tokenizer) == 259
+    assert len(again) == len(tokenizer) == BYTES
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({}, "neither of dataset_name and train_file given"),
-        (
-            {"dataset_name": "python-docs", "train_file": ["a.txt"]},
-            "both of dataset_name and train_file",
-        ),
+        ({"dataset_name": "python-docs", "train_file": ["a.txt"]}, "both of dataset_name and train_file"),
         ({"train_file": ["gone.txt"]}, r"no file gone\.txt"),
         ({"dataset_name": "./gone"}, "cannot load the dataset './gone'"),
     ],
 )
-def test_bad_source(arguments, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=message) as raised:
-        load_documents(DataArguments(**arguments))
-    assert "\n" not in str(raised.value)
+def test_bad_source(arguments, message):
+    with refused(message):
+        documents(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -172,22 +163,14 @@ def test_bad_source(arguments, message, tmp_path, monkeypatch):
         ("a.parquet", b"not parquet", "cannot"),
     ],
 )
-def test_bad_file(tmp_path, tokenizer, name, content, message):
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=message) as raised:
-        load_tokens(DataArguments(train_file=[str(path)]), tokenizer)
-    assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize("fraction", [-0.1, 1.0])
-def test_bad_fraction(fraction):
-    with pytest.raises(InputError, match="at least 0 and below 1"):
-        DataArguments(dataset_name="python-docs", validation_fraction=fraction)
+def test_bad_file(tokenizer, name, content, message):
+    Path(name).write_bytes(content)
+    with refused(message):
+        load_tokens(DataArguments(train_file=[name]), tokenizer)
 
 
 def test_unknown_tokenizer(tmp_path):
-    with pytest.raises(InputError, match="cannot load the tokenizer"):
+    with refused("cannot load the tokenizer"):
         load_tokenizer(str(tmp_path))
 
 
@@ -211,6 +194,8 @@ def test_passkeys_fill_blocks_and_are_held_out_in_blocks(tokenizer):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"dataset_name": "python-docs", "validation_fraction": -0.1}, "at least 0 and below 1"),
+        ({"dataset_name": "python-docs", "validation_fraction": 1.0}, "at least 0 and below 1"),
         ({"dataset_name": "passkey"}, "give passkey_block_size, the block_size of the training"),
         ({"dataset_name": "python-docs", "passkey_block_size": 256}, "with dataset_name passkey and only there"),
         ({"dataset_name": "passkey", "passkey_block_size": 256, "passkey_blocks": 0}, "must be at least 1"),
@@ -220,17 +205,17 @@ def test_passkeys_fill_blocks_and_are_held_out_in_blocks(tokenizer):
         ),
     ],
 )
-def test_bad_passkey_settings(arguments, message):
-    with pytest.raises(InputError, match=message):
+def test_bad_settings(arguments, message):
+    with refused(message):
         DataArguments(**arguments)
 
 
 def test_passkeys_are_no_text(tokenizer):
     args = DataArguments(dataset_name="passkey", passkey_block_size=256)
-    with pytest.raises(InputError, match="made of tokens"):
+    with refused("made of tokens"):
         load_documents(args)
     args.train_file = ["a.txt"]
-    with pytest.raises(InputError, match="both of dataset_name and train_file"):
+    with refused("both of dataset_name and train_file"):
         load_tokens(args, tokenizer)
 
 
@@ -241,12 +226,9 @@ def test_one_token_for_beginning_and_end_makes_no_documents_of_its_own():
     assert document_numbers(stream[1:], tokenizer).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
-def test_documents_begin_as_the_tokenizer_begins_texts(tmp_path):
-    path = write(tmp_path / "a.jsonl", "w1 w2", "w3")
-
+def test_documents_begin_as_the_tokenizer_begins_texts():
     def stream(*, with_bos, wanted=None):
-        args = DataArguments(train_file=[path], validation_fraction=0, document_bos=wanted)
-        return load_tokens(args, word_tokenizer(with_bos=with_bos)).train.tolist()
+        return split(word_tokenizer(with_bos=with_bos), "w1 w2", "w3", document_bos=wanted).train.tolist()
 
     assert stream(with_bos=True) == [1, 4, 5, 2, 1, 6, 2]
     assert stream(with_bos=False) == [4, 5, 2, 6, 2]
@@ -256,7 +238,7 @@ def test_documents_begin_as_the_tokenizer_begins_texts(tmp_path):
 
 def test_a_beginning_of_sequence_that_the_tokenizer_lacks_is_refused(tokenizer):
     assert bos_token_id(tokenizer) is None
-    with pytest.raises(InputError, match="document_bos is true, and the tokenizer has no beginning-of-sequence token"):
+    with refused("document_bos is true, and the tokenizer has no beginning-of-sequence token"):
         bos_token_id(tokenizer, wanted=True)
-    with pytest.raises(InputError, match="window_bos is true"):
+    with refused("window_bos is true"):
         bos_token_id(tokenizer, wanted=True, field="window_bos")
