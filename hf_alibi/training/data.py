@@ -1,12 +1,14 @@
 """Text to tokens to blocks: where documents come from, and what is held out."""
 
 import hashlib
+from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from ..errors import InputError, one_line
 from ..evaluation.passkey_prompts import passkey_training_tokens
@@ -58,7 +60,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if name == BYTES:
         return ByT5Tokenizer(extra_ids=0)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        # For some families AutoTokenizer reads nothing but tokenizer.json, which this one does not have.
+        is_bytes = Path(name).is_dir() and get_tokenizer_config(name).get("tokenizer_class") == "ByT5Tokenizer"
+        tokenizer = (ByT5Tokenizer if is_bytes else AutoTokenizer).from_pretrained(name)
     except Exception as error:  # each tokenizer class has its own exceptions for a broken file
         raise InputError(
             f"cannot load the tokenizer {name!r}: {one_line(error)}; give a folder, a hub name or {BYTES!r}"

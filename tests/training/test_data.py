@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import datasets
@@ -129,9 +130,12 @@ def test_bytes_behind_tokens(tokenizer):
     assert count_bytes(tokens, tokenizer) == 3
 
 
-def test_byte_tokenizer_reloads(tmp_path):
+@pytest.mark.parametrize("model_type", [None, "llama", "mixtral", "alibi_mixtral", "alibi_qwen3", "alibi_gpt2"])
+def test_byte_tokenizer_reloads(model_type, tmp_path):
     tokenizer = load_tokenizer("bytes")
     tokenizer.save_pretrained(tmp_path)
+    if model_type is not None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     again = load_tokenizer(str(tmp_path))
     text = "naïve\n\ttext"
     assert again(text, add_special_tokens=False).input_ids == byte_ids(text)
