@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from helpers.runs import BYTES, config_file, cut, drop_weight, held_out, refused, run_python
 from hf_alibi.commands.fields import read_yaml
@@ -91,6 +91,7 @@ def test_metrics_are_those_of_the_saved_model():
     model = AutoModelForCausalLM.from_pretrained("run")
     assert type(model).__name__ == "AlibiGPT2LMHeadModel"
     assert model.config.alibi_train_length == BLOCK
+    assert AutoTokenizer.from_pretrained("run").model_max_length > 10**20
     loss, blocks = held_out("run", tokenizer="run")
     assert metrics["eval_loss"] == pytest.approx(loss, abs=1e-4)
     assert metrics["perplexity"] == pytest.approx(math.exp(loss), rel=1e-3)
