@@ -20,7 +20,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from ..configuration import num_heads, text_config
 from ..conversion.recipe import convert_model
@@ -113,8 +112,6 @@ def train(
     )
     if max_steps is not None:
         training.max_steps = max_steps
-    if is_alibi(model.config):
-        tokenizer.model_max_length = VERY_LARGE_INTEGER  # it is saved beside the model, and tools cut texts there
     rate_scales = RateScales(mlp=args.mlp_rate_scale, embeddings=args.embedding_rate_scale)
     trainer = make_trainer(model, tokenizer, training, train_blocks, eval_blocks, rate_scales, teacher)
     _run(trainer, checkpoint)

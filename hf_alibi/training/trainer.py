@@ -18,9 +18,10 @@ from transformers import (
     default_data_collator,
 )
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from ..errors import InputError, one_line
-from ..model.anatomy import text_decoder
+from ..model.anatomy import is_alibi, text_decoder
 from .data import TokenBlocks
 
 __all__ = ["RateScales", "check_reporters", "check_weights", "divergence", "make_trainer", "next_token_loss"]
@@ -54,6 +55,8 @@ def make_trainer(
     for parameter, scale in _scale_by_weight(model, rate_scales).items():
         if scale == 0:
             parameter.requires_grad_(False)
+    if is_alibi(model.config):
+        tokenizer.model_max_length = VERY_LARGE_INTEGER  # it is saved beside the model, and tools cut texts there
     training.logging_nan_inf_filter = False  # it would hide what AlibiTrainer looks for
     training.include_num_input_tokens_seen = "all"
     if training.world_size > 1:
