@@ -174,6 +174,14 @@ class AlibiModel:
             self._named_by_saving = True
             self.name_or_path = self.config.name_or_path = str(save_directory)
 
+    def push_to_hub(self: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """As any model's. A conversion then has the repository's name, not that of a folder which is gone."""
+        commit = super().push_to_hub(repo_id, *args, **kwargs)  # type: ignore[misc]
+        if self._named_by_saving:
+            url = getattr(commit, "repo_url", None)
+            self.name_or_path = self.config.name_or_path = repo_id if url is None else url.repo_id
+        return commit
+
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """The implementation to use, as transformers decides.
 

@@ -1,10 +1,12 @@
 """A conversion in memory has no name, so that no tool loads the plain model in its place."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import PushToHubMixin
 
 import hf_alibi
 from helpers.models import FAMILIES, stock_model, tokens
@@ -54,6 +56,21 @@ def test_a_loaded_model_keeps_its_name(plain, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "alibi")
     model.save_pretrained(tmp_path / "elsewhere")
     assert model.name_or_path == str(tmp_path / "alibi")
+
+
+def test_pushing_names_it_by_the_repository(plain, tmp_path, monkeypatch):
+    def push(model, repo_id):
+        model.save_pretrained(tmp_path / "gone")
+        return SimpleNamespace(repo_url=SimpleNamespace(repo_id=f"somebody/{repo_id}"))
+
+    monkeypatch.setattr(PushToHubMixin, "push_to_hub", push)
+    model = converted(plain)
+    model.push_to_hub("alibi")
+    assert model.name_or_path == model.config.name_or_path == "somebody/alibi"
+    converted(plain).save_pretrained(tmp_path / "alibi")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "alibi")
+    loaded.push_to_hub("alibi")
+    assert loaded.name_or_path == str(tmp_path / "alibi")
 
 
 def test_a_failed_conversion_leaves_the_name(plain):
