@@ -42,7 +42,7 @@ class CheckedModel:
 
     @property
     def position_limit(self) -> int | None:
-        """See `anatomy.position_limit`."""
+        """See `anatomy.TextDecoder.limit`."""
         return text_decoder(self.shell).limit
 
     @property
