@@ -25,7 +25,9 @@ __all__ = [
     "is_unsaved_name",
     "name_until_saved",
     "num_heads",
+    "num_key_heads",
     "original_limit",
+    "slopes_of_layer",
     "stock_class",
     "text_config",
     "text_config_name",
@@ -62,15 +64,44 @@ def num_heads(config: Any) -> int:
     raise ValueError(f"no ALiBi for model_type {config.model_type!r}: its config has no number of attention heads")
 
 
-def check_slopes(slopes: Any, heads: int) -> None:
-    """Raise ValueError unless `slopes` is None (the paper's) or `heads` finite numbers that are not negative."""
-    if slopes is not None and len(slopes) != heads:
-        raise ValueError(f"alibi_slopes has {len(slopes)} values, but the model has {heads} heads")
+def num_key_heads(config: Any) -> int:
+    """Key heads that the heads of a self-attention layer share; as many as heads if the config does not say."""
+    heads, shared = num_heads(config), getattr(config, "num_key_value_heads", None)
+    if shared is None and getattr(config, "multi_query", False):
+        return 1
+    return shared if isinstance(shared, int) and 0 < shared <= heads and heads % shared == 0 else heads
+
+
+def check_slopes(slopes: Any, heads: int, layers: int | None = None) -> None:
+    """Raise ValueError unless `slopes` is None (the paper's) or `heads` finite numbers that are not negative.
+
+    They may be a list of such lists, one for each of `layers` (None: any number) layers with self-attention.
+    """
+    by_layer = _by_layer(slopes)
+    for values in by_layer:
+        if len(values) != heads:
+            raise ValueError(f"alibi_slopes has {len(values)} values, but the model has {heads} heads")
+    if slopes and isinstance(slopes[0], list) and layers not in (None, len(slopes)):
+        raise ValueError(
+            f"alibi_slopes has slopes of {len(slopes)} layers, but the model has {layers} with self-attention"
+        )
     _check_slope_values(slopes)
 
 
+def _by_layer(slopes: Any) -> list[Any]:
+    """The lists of slopes in `alibi_slopes`: none, one for all layers, or one a layer."""
+    if slopes is None:
+        return []
+    return list(slopes) if slopes and isinstance(slopes[0], list) else [slopes]
+
+
+def slopes_of_layer(slopes: Any, layer: int) -> Any:
+    """The slopes of one layer with self-attention, by its number among them, in `alibi_slopes`; None as it is."""
+    return slopes[layer] if slopes and isinstance(slopes[0], list) else slopes
+
+
 def _check_slope_values(slopes: Any) -> None:
-    wrong = [slope for slope in slopes or [] if not 0 <= slope < math.inf]
+    wrong = [slope for values in _by_layer(slopes) for slope in values if not 0 <= slope < math.inf]
     if wrong:
         raise ValueError(f"alibi_slopes must be finite and not negative (logits per token), got {wrong}")
 
@@ -93,7 +124,7 @@ def _partial_layers(config: Any) -> list[str]:
 
 
 @as_validated_field
-def _slopes_field(value: list[float] | None) -> None:
+def _slopes_field(value: list[float] | list[list[float]] | None) -> None:
     _check_slope_values(value)
 
 
@@ -180,7 +211,8 @@ class AlibiConfig(Converted):
     """The fields that ALiBi adds to the config of a language model.
 
     Args:
-        alibi_slopes: one number a head, logits per token of distance; None for the paper's geometric slopes.
+        alibi_slopes: one number a head, logits per token of distance; None for the paper's geometric slopes. Or one
+            such list for each layer with self-attention. A head of slope 0 is global: it has no bias.
         alibi_train_length: tokens that the model was trained on with ALiBi, for `dynamic` scaling and for readers.
         alibi_scaling: None, or {"type": "linear" | "ntk" | "dynamic", "factor": number >= 1}: see `scale_slopes`
             and `dynamic_scale`. It may be given when a checkpoint is loaded.
@@ -192,7 +224,7 @@ class AlibiConfig(Converted):
             `UNLIMITED` now, unless it is given when the checkpoint is loaded, or an encoder shares it.
     """
 
-    alibi_slopes: list[float] | None = _slopes_field(default=None)
+    alibi_slopes: list[float] | list[list[float]] | None = _slopes_field(default=None)
     alibi_train_length: int | None = _train_length_field(default=None)
     alibi_scaling: dict[str, Any] | None = _scaling_field(default=None)
     alibi_tolerance: float | None = _tolerance_field(default=None)

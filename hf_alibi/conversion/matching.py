@@ -6,6 +6,7 @@ are reordered in the weights, so that the model stays what it was and the slopes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,20 +14,29 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..configuration import num_heads, num_key_heads, slopes_of_layer, text_config
+from ..global_heads import GlobalHeads
 from ..model.anatomy import is_alibi, text_decoder
 from ..slopes import alibi_slopes
 from ..utils import evaluation_mode
 from .heads import head_counts, head_parameters, permute_heads
 
+# By how much the logarithm of a slope of 0 counts as less than that of the flattest other one.
+_FLATTER = math.log(16)
+
 __all__ = ["head_reaches", "match_heads", "matching_order"]
 
 
-def match_heads(model: PreTrainedModel, input_ids: Tensor) -> list[list[int]]:
+def match_heads(
+    model: PreTrainedModel, input_ids: Tensor, *, global_heads: int = 0, global_every: int = 1
+) -> list[list[int]]:
     """Reorder the heads of each self-attention layer of an unconverted `model` by their reach, in place.
 
     Args:
         model: before `apply_alibi`.
         input_ids: (batch, tokens) of text that the model was made for, a few thousand tokens in all.
+        global_heads: how many heads of a layer will have no bias, as in `apply_alibi`: those that look farthest.
+        global_every: which layers have them, as in `apply_alibi`.
 
     Returns the order of each layer: place i has what was head `order[i]`.
 
@@ -40,9 +50,11 @@ def match_heads(model: PreTrainedModel, input_ids: Tensor) -> list[list[int]]:
     layers = [layer for _, layer in text_decoder(model).self_attentions]
     for layer in layers:
         head_parameters(layer)
+    text = text_config(model.config)
+    slopes = GlobalHeads(global_heads, global_every).slopes(num_heads(text), num_key_heads(text), len(layers))
     orders = [
-        matching_order(reaches.tolist(), head_counts(layer)[1])
-        for layer, reaches in zip(layers, head_reaches(model, input_ids), strict=True)
+        matching_order(reaches.tolist(), head_counts(layer)[1], slopes_of_layer(slopes, number))
+        for number, (layer, reaches) in enumerate(zip(layers, head_reaches(model, input_ids), strict=True))
     ]
     sample = input_ids[:1, :64]
     before = _logits(model, sample)
@@ -82,15 +94,19 @@ def head_reaches(model: PreTrainedModel, input_ids: Tensor) -> list[Tensor]:
     return [(total / weight.clamp(min=1e-9)).expm1() for total, weight in sums]
 
 
-def matching_order(reaches: Sequence[float], key_heads: int) -> list[int]:
+def matching_order(reaches: Sequence[float], key_heads: int, slopes: Sequence[float] | None = None) -> list[int]:
     """Which head stands at each place, so that the slopes of the places suit the reaches best.
 
-    The heads' own slopes are taken to be those of the paper, steepest for the shortest reach. Of all orders that keep
-    the heads of a key head together, the least sum of squared differences of log slopes wins.
+    The heads' own slopes are taken to be those of the places, steepest for the shortest reach. Of all orders that keep
+    the heads of a key head together, the least sum of squared differences of log slopes wins. `slopes` (heads,) are the
+    paper's by default; a slope of 0 counts as much flatter than all others.
     """
     heads = len(reaches)
     group = heads // key_heads
-    places = alibi_slopes(heads).double().log()
+    places = (alibi_slopes(heads) if slopes is None else torch.tensor(slopes)).double().log()
+    sloped = places[places.isfinite()]
+    flattest = sloped.min() if len(sloped) else torch.tensor(0.0)
+    places = places.clamp(min=flattest - _FLATTER)
     by_reach = sorted(range(heads), key=lambda head: reaches[head])
     own = torch.empty(heads, dtype=torch.float64)
     own[by_reach] = places.sort(descending=True).values

@@ -6,6 +6,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..configuration import text_config
+from ..global_heads import GlobalHeads, describe_global_heads
 from ..model.anatomy import text_decoder
 from ..model.patching import apply_alibi, checked_config
 from ..utils import input_device
@@ -38,7 +40,8 @@ def convert_model(
     Returns what was done, for the metrics of a run. Raises ValueError if the model cannot be converted, or not like
     this; most reasons are found before anything is changed.
     """
-    checked_config(model, sink_tokens=recipe.sink_tokens)
+    heads, every = recipe.global_heads, recipe.global_every
+    checked_config(model, sink_tokens=recipe.sink_tokens, global_heads=GlobalHeads(heads, every))
     # The unconverted model reads this text, so no more of a block than it has positions for.
     limit = text_decoder(model).limit
     matched, distilled = (
@@ -51,8 +54,10 @@ def convert_model(
         check_distillation(model, distilled, batch_size=batch_size)
         teacher = copy.deepcopy(model)
     if recipe.match_tokens:
-        done["head_order"] = match_heads(model, matched.to(input_device(model)))
-    apply_alibi(model, sink_tokens=recipe.sink_tokens)
+        text = matched.to(input_device(model))
+        done["head_order"] = match_heads(model, text, global_heads=heads, global_every=every)
+    apply_alibi(model, sink_tokens=recipe.sink_tokens, global_heads=heads, global_every=every)
+    done["slopes"] = describe_global_heads(text_config(model.config).alibi_slopes) or "the paper's"
     if teacher is not None:
         settings = FitSettings(recipe.distill_epochs, recipe.distill_learning_rate, batch_size, bf16, seed)
         fits = distill_layers(model, teacher, distilled, settings, progress=progress)

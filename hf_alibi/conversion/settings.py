@@ -6,6 +6,8 @@ from ..errors import InputError
 
 __all__ = ["ConversionArguments"]
 
+_STEPS = ("match_tokens", "sink_tokens", "global_heads", "distill_tokens")
+
 
 @dataclass
 class ConversionArguments:
@@ -18,6 +20,13 @@ class ConversionArguments:
     sink_tokens: int = field(
         default=0, metadata={"help": "First tokens of each sequence that carry no bias; heads rest on them."}
     )
+    global_heads: int = field(
+        default=0,
+        metadata={"help": "Heads of a layer that carry no bias, the farthest looking ones: they find what is far."},
+    )
+    global_every: int = field(
+        default=1, metadata={"help": "The last of each so many layers has global heads; 1: all layers."}
+    )
     distill_tokens: int = field(
         default=0,
         metadata={"help": "Training tokens on which each layer's attention is fitted to what the layer gave before."},
@@ -27,13 +36,15 @@ class ConversionArguments:
     distill_batch_size: int = field(default=4, metadata={"help": "Blocks a step of these fits."})
 
     def __post_init__(self) -> None:
-        for name in ("match_tokens", "sink_tokens", "distill_tokens"):
+        for name in _STEPS:
             if getattr(self, name) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0, which leaves it out")
-        for name in ("distill_epochs", "distill_learning_rate", "distill_batch_size"):
+        for name in ("global_every", "distill_epochs", "distill_learning_rate", "distill_batch_size"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be above 0")
 
     def steps(self) -> list[str]:
         """Fields that ask for more than ALiBi alone."""
-        return [name for name in ("match_tokens", "sink_tokens", "distill_tokens") if getattr(self, name)]
+        return [
+            name for name in ("match_tokens", "sink_tokens", "global_heads", "distill_tokens") if getattr(self, name)
+        ]

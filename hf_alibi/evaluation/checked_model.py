@@ -12,7 +12,9 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from ..configuration import text_config
 from ..errors import InputError, one_line
+from ..global_heads import describe_global_heads
 from ..model.anatomy import has_no_positions, is_alibi, text_decoder
 from ..model.loading import check_safetensors, why_not_loaded
 from ..utils import METRICS_FILE
@@ -101,7 +103,10 @@ class CheckedModel:
             return None
 
     def _positions(self) -> str:
-        words = {"alibi": "ALiBi", "nope": "none (ALiBi, all slopes 0)"}
+        slopes = text_config(self.config).alibi_slopes if self.kind == "alibi" else None
+        some_global = describe_global_heads(slopes)
+        alibi = f"ALiBi, {some_global}" if some_global else "ALiBi"
+        words = {"alibi": alibi, "nope": "none (ALiBi, all slopes 0)"}
         table = "its own" if self.position_limit is None else f"learned table, {self.position_limit} rows"
         return words.get(self.kind, table)
 

@@ -30,7 +30,7 @@ def is_alibi(config: PreTrainedConfig) -> bool:
 def has_no_positions(config: PreTrainedConfig) -> bool:
     """Whether `config` is of a converted model whose slopes are all 0, which leaves it without any positions."""
     slopes = text_config(config).alibi_slopes if is_alibi(config) else None
-    return slopes is not None and not any(slopes)
+    return slopes is not None and not any(any(layer) if isinstance(layer, list) else layer for layer in slopes)
 
 
 @dataclass(frozen=True)

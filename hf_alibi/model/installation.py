@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..attention.backends import alibi_name
-from ..configuration import Converted, text_config
+from ..configuration import Converted, check_slopes, num_heads, slopes_of_layer, text_config
 from .anatomy import TextDecoder, is_rotary
 from .compat import record_outputs_by_class
 from .families import counts_other_layers, refusal, stock_type
@@ -29,10 +29,17 @@ class LayerConfig:
     The `alibi_*` fields are read from the config of the whole language model, everything else is read from, and set
     on, the layer's own (some decoders have a copy). So mask builders, `generate` and every other part of transformers
     see the standard name, and switching it later still gives ALiBi, or an error if a name has no ALiBi form.
+
+    `layer` is the number of the layer among those with self-attention.
     """
 
-    def __init__(self, config: Any, alibi: Any) -> None:
-        self.__dict__.update(_config=config, _alibi=alibi)
+    def __init__(self, config: Any, alibi: Any, layer: int) -> None:
+        self.__dict__.update(_config=config, _alibi=alibi, _layer=layer)
+
+    @property
+    def alibi_slopes(self) -> Any:
+        """Those of this layer."""
+        return slopes_of_layer(self.__dict__["_alibi"].alibi_slopes, self.__dict__["_layer"])
 
     @property
     def _attn_implementation(self) -> str:
@@ -124,12 +131,13 @@ def install_alibi(
     model._keys_to_ignore_on_load_unexpected = merged if isinstance(known, set) else sorted(merged)
     alibi = text_config(model.config)
     own = getattr(decoder.module, "config", alibi)
-    for _, attention in decoder.self_attentions:
+    check_slopes(alibi.alibi_slopes, num_heads(alibi), len(decoder.self_attentions))
+    for layer, (_, attention) in enumerate(decoder.self_attentions):
         convert_own_attention(attention)
         config = vars(attention).get("config", own)
         if not isinstance(config, LayerConfig):
             # Past torch's own attributes: a config is neither a tensor nor a module.
-            attention.__dict__["config"] = LayerConfig(config, alibi)
+            attention.__dict__["config"] = LayerConfig(config, alibi, layer)
 
 
 def _of_any_length(embeddings: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

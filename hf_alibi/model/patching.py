@@ -8,12 +8,22 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention.backends import check_backend
-from ..configuration import alibi_config, check_sink_tokens, check_slopes, name_until_saved, num_heads, text_config
-from .anatomy import TextDecoder, is_alibi, text_decoder
+from ..configuration import (
+    alibi_config,
+    check_sink_tokens,
+    check_slopes,
+    name_until_saved,
+    num_heads,
+    num_key_heads,
+    text_config,
+)
+from ..global_heads import GlobalHeads
+from .anatomy import is_alibi, text_decoder
 from .families import is_listed
 from .installation import check_attention, check_family, install_alibi, undone_on_error
 from .modeling import model_class
@@ -22,9 +32,17 @@ from .verification import verify_alibi
 __all__ = ["apply_alibi", "checked_config"]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+_NO_GLOBAL_HEADS = GlobalHeads()
 
 
-def apply_alibi(model: Model, *, slopes: Sequence[float] | None = None, sink_tokens: int = 0) -> Model:
+def apply_alibi(
+    model: Model,
+    *,
+    slopes: Sequence[float] | Sequence[Sequence[float]] | None = None,
+    sink_tokens: int = 0,
+    global_heads: int = 0,
+    global_every: int = 1,
+) -> Model:
     """Replace the position embeddings of `model` by ALiBi (Press et al. 2022, arXiv 2108.12409), in place.
 
     The class becomes its ALiBi form (`GPT2LMHeadModel` → `AlibiGPT2LMHeadModel`), so that `save_pretrained` writes a
@@ -33,17 +51,22 @@ def apply_alibi(model: Model, *, slopes: Sequence[float] | None = None, sink_tok
 
     Args:
         model: of a family in `supported_families()`, with any head. Wrap it (PEFT, compile) afterwards.
-        slopes: one for each head, logits per token of distance; None for the paper's. All zeros mean no positions.
+        slopes: one for each head, logits per token of distance; None for the paper's. All zeros mean no positions. Or
+            one such sequence for each layer with self-attention.
         sink_tokens: how many tokens at the beginning of each sequence carry no bias as keys, for any query and head:
             pretrained models rest much of their attention there (Xiao et al. 2023, arXiv 2309.17453). Distances of all
             other keys stay what they are. 0 is the paper's ALiBi.
+        global_heads: how many heads of a layer get slope 0, in as few key groups as possible, so that they find what is
+            far; the others keep the paper's slopes. See `match_heads` for which heads of the model come there.
+        global_every: the last layer of each `global_every` has them; 1 for all layers.
 
     Returns `model`.
 
-    Raises TypeError for anything but a `PreTrainedModel`, and for sink tokens that are not an int; ValueError for a
-    family, class or attention implementation without ALiBi form, a model that is converted already, slopes that do not
-    fit the heads, and sink tokens that are negative, in a model whose layers see a window or a chunk only, or beside
-    `flash_attention_2`; ImportError for `flash_attention_2` without flash-attn. After an error the model is as it was.
+    Raises TypeError for anything but a `PreTrainedModel`, and for sink tokens or global heads that are not an int;
+    ValueError for a family, class or attention implementation without ALiBi form, a model that is converted already,
+    slopes that do not fit the heads or stand beside global heads, more global heads than heads, and sink tokens that
+    are negative, in a model whose layers see a window or a chunk only, or beside `flash_attention_2`; ImportError for
+    `flash_attention_2` without flash-attn. After an error the model is as it was.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -51,7 +74,9 @@ def apply_alibi(model: Model, *, slopes: Sequence[float] | None = None, sink_tok
         )
     stock: Any = model.config
     decoder = text_decoder(model)
-    config = checked_config(model, slopes=slopes, sink_tokens=sink_tokens, decoder=decoder)
+    config = checked_config(
+        model, slopes=slopes, sink_tokens=sink_tokens, global_heads=GlobalHeads(global_heads, global_every)
+    )
     with undone_on_error(model):
         _replace_configs(model, {id(stock): config, id(text_config(stock)): text_config(config)})
         for named in (model, config):
@@ -101,14 +126,11 @@ def _prove(model: PreTrainedModel, model_type: str) -> None:
 def checked_config(
     model: PreTrainedModel,
     *,
-    slopes: Sequence[float] | None = None,
+    slopes: Sequence[float] | Sequence[Sequence[float]] | None = None,
     sink_tokens: int = 0,
-    decoder: TextDecoder | None = None,
+    global_heads: GlobalHeads = _NO_GLOBAL_HEADS,
 ) -> Any:
-    """The config that `apply_alibi` gives `model`; raises what it does, as far as nothing has to be changed for it.
-
-    `decoder` is the text decoder, if it is known already.
-    """
+    """The config that `apply_alibi` gives `model`; raises what it does, as far as nothing has to be changed for it."""
     check_sink_tokens(sink_tokens)
     stock: Any = model.config
     if is_alibi(stock):
@@ -118,8 +140,17 @@ def checked_config(
         raise ValueError(
             f"no ALiBi form of {type(model).__module__}.{type(model).__name__}: it is not a model of its own"
         )
-    check_attention(model, decoder or text_decoder(model))
-    check_backend(text_config(stock)._attn_implementation, sink_tokens)
-    given = None if slopes is None else [float(slope) for slope in slopes]
-    check_slopes(given, num_heads(text_config(stock)))
+    decoder = text_decoder(model)
+    check_attention(model, decoder)
+    text = text_config(stock)
+    check_backend(text._attn_implementation, sink_tokens)
+    heads, layers = num_heads(text), len(decoder.self_attentions)
+    given = (
+        global_heads.slopes(heads, num_key_heads(text), layers)
+        if slopes is None
+        else torch.as_tensor(slopes, dtype=torch.float64).tolist()
+    )
+    if slopes is not None and global_heads.heads:
+        raise ValueError("both slopes and global_heads given; a head of slope 0 is global, so give one of them")
+    check_slopes(given, heads, layers)
     return alibi_config(stock, alibi_slopes=given, alibi_sink_tokens=sink_tokens)

@@ -88,6 +88,9 @@ def _recipe(config: dict[str, Any]) -> list[str]:
         parts.append(f"heads matched to slopes on {config['match_tokens']:,} tokens")
     if config["sink_tokens"]:
         parts.append(f"sink tokens without bias: {config['sink_tokens']}")
+    if config["global_heads"]:
+        layers = "all layers" if config["global_every"] == 1 else f"one layer in {config['global_every']}"
+        parts.append(f"global heads without bias: {config['global_heads']} in {layers}")
     if config["distill_tokens"]:
         passes = f"{config['distill_tokens']:,} tokens, {config['distill_epochs']} ×"
         parts.append(f"attention fitted to the unconverted layers on {passes}")

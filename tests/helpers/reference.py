@@ -99,7 +99,8 @@ def gpt2_logits(
         qkv = h @ w[p + "attn.c_attn.weight"] + w[p + "attn.c_attn.bias"]
         q, k, v = (_heads(part, config.n_head) for part in qkv.chunk(3, dim=-1))
         scaling = q.shape[-1] ** -0.5
-        mixed = attention(q, k, v, seen, position, head_slopes, scaling, sink_tokens=sink_tokens)
+        own = head_slopes[i] if head_slopes.ndim == 2 else head_slopes
+        mixed = attention(q, k, v, seen, position, own, scaling, sink_tokens=sink_tokens)
         x = x + mixed.transpose(1, 2).flatten(2) @ w[p + "attn.c_proj.weight"] + w[p + "attn.c_proj.bias"]
         h = _layer_norm(x, w[p + "ln_2.weight"], w[p + "ln_2.bias"], config.layer_norm_epsilon)
         h = h @ w[p + "mlp.c_fc.weight"] + w[p + "mlp.c_fc.bias"]
@@ -126,7 +127,8 @@ def llama_logits(
         k = _heads(h @ w[p + "self_attn.k_proj.weight"].T, key_heads)
         v = _heads(h @ w[p + "self_attn.v_proj.weight"].T, key_heads)
         scaling = q.shape[-1] ** -0.5
-        mixed = attention(q, k, v, seen, position, head_slopes, scaling, sink_tokens=sink_tokens)
+        own = head_slopes[i] if head_slopes.ndim == 2 else head_slopes
+        mixed = attention(q, k, v, seen, position, own, scaling, sink_tokens=sink_tokens)
         x = x + mixed.transpose(1, 2).flatten(2) @ w[p + "self_attn.o_proj.weight"].T
         h = _rms_norm(x, w[p + "post_attention_layernorm.weight"], config.rms_norm_eps)
         gate = h @ w[p + "mlp.gate_proj.weight"].T
