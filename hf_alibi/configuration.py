@@ -11,7 +11,7 @@ import transformers
 from huggingface_hub.dataclasses import as_validated_field, strict
 from transformers import PreTrainedConfig
 
-from .slopes import check_scaling
+from .slopes import check_scaling, slopes_by_layer
 
 __all__ = [
     "PLAIN_CHECKPOINT",
@@ -77,31 +77,25 @@ def check_slopes(slopes: Any, heads: int, layers: int | None = None) -> None:
 
     They may be a list of such lists, one for each of `layers` (None: any number) layers with self-attention.
     """
-    by_layer = _by_layer(slopes)
+    by_layer = slopes_by_layer(slopes)
     for values in by_layer:
         if len(values) != heads:
             raise ValueError(f"alibi_slopes has {len(values)} values, but the model has {heads} heads")
-    if slopes and isinstance(slopes[0], list) and layers not in (None, len(slopes)):
+    if by_layer is slopes and layers not in (None, len(by_layer)):
         raise ValueError(
-            f"alibi_slopes has slopes of {len(slopes)} layers, but the model has {layers} with self-attention"
+            f"alibi_slopes has slopes of {len(by_layer)} layers, but the model has {layers} with self-attention"
         )
     _check_slope_values(slopes)
 
 
-def _by_layer(slopes: Any) -> list[Any]:
-    """The lists of slopes in `alibi_slopes`: none, one for all layers, or one a layer."""
-    if slopes is None:
-        return []
-    return list(slopes) if slopes and isinstance(slopes[0], list) else [slopes]
-
-
 def slopes_of_layer(slopes: Any, layer: int) -> Any:
     """The slopes of one layer with self-attention, by its number among them, in `alibi_slopes`; None as it is."""
-    return slopes[layer] if slopes and isinstance(slopes[0], list) else slopes
+    by_layer = slopes_by_layer(slopes)
+    return by_layer[layer] if by_layer is slopes else slopes
 
 
 def _check_slope_values(slopes: Any) -> None:
-    wrong = [slope for values in _by_layer(slopes) for slope in values if not 0 <= slope < math.inf]
+    wrong = [slope for values in slopes_by_layer(slopes) for slope in values if not 0 <= slope < math.inf]
     if wrong:
         raise ValueError(f"alibi_slopes must be finite and not negative (logits per token), got {wrong}")
 

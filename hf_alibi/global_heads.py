@@ -1,16 +1,17 @@
-"""Global heads: heads without a bias, which find what is far, beside heads with ALiBi, which keep the order near by.
+"""Global heads: heads of slope 0 beside heads with ALiBi's bias.
 
-ALiBi's heads cannot reach far, whatever they were trained on. A few heads of slope 0 can; which ones is data of the
-config, `alibi_slopes`. They stand in as few key groups as possible, because a cache keeps all of a group that one head
-reads all of.
+The bias limits how far a head can look; a head without it can look at everything alike. Which heads are global is data
+of the config, `alibi_slopes`. They stand in as few key groups as possible, because a cache keeps all tokens of a key
+head that one global head reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from .slopes import alibi_slopes
+from .slopes import alibi_slopes, slopes_by_layer
 
 __all__ = ["GlobalHeads", "count_global_heads", "describe_global_heads"]
 
@@ -22,7 +23,7 @@ class GlobalHeads:
     heads: int = 0
     """In each layer that has any."""
     every: int = 1
-    """The last of each so many layers has them: 1 all layers, 4 one layer in four."""
+    """Every n-th layer has them, counted from the first: 1 for all layers, 4 for the 4th, 8th, ..."""
 
     def check(self, heads: int, layers: int) -> None:
         """Raise TypeError unless both are ints, ValueError unless a model of these `heads` and `layers` has as many."""
@@ -67,22 +68,17 @@ def _flattest(slopes: Sequence[float], key_heads: int) -> list[int]:
     return sorted(range(len(slopes)), key=flat_groups_first)
 
 
-def count_global_heads(slopes: Sequence[float] | Sequence[Sequence[float]] | None) -> list[int]:
-    """Heads of slope 0 in each layer of `alibi_slopes`; one number if all layers share one list."""
-    if not slopes:
-        return [0]
-    layers = slopes if isinstance(slopes[0], Sequence) else [slopes]
-    return [sum(slope == 0 for slope in layer) for layer in layers]  # type: ignore[union-attr]
+def count_global_heads(slopes: Any) -> list[int]:
+    """Heads of slope 0 in each list of `alibi_slopes`: one for all layers, or one a layer."""
+    return [layer.count(0) for layer in slopes_by_layer(slopes)]
 
 
-def describe_global_heads(slopes: Sequence[float] | Sequence[Sequence[float]] | None) -> str:
+def describe_global_heads(slopes: Any) -> str:
     """How many heads are global, in words: "2 of 9 heads global", "3 of 9 heads global in 7 of 30 layers", or ""."""
-    counts = count_global_heads(slopes)
-    if slopes is None or not any(counts):
-        return ""
-    if not isinstance(slopes[0], Sequence):
-        return f"{counts[0]} of {len(slopes)} heads global"
+    by_layer, counts = slopes_by_layer(slopes), count_global_heads(slopes)
     some = [count for count in counts if count]
-    least, most = min(some), max(some)
-    number = str(most) if least == most else f"{least} to {most}"
-    return f"{number} of {len(slopes[0])} heads global in {len(some)} of {len(counts)} layers"
+    if not some:
+        return ""
+    number = str(max(some)) if min(some) == max(some) else f"{min(some)} to {max(some)}"
+    where = f" in {len(some)} of {len(counts)} layers" if by_layer is slopes else ""
+    return f"{number} of {len(by_layer[0])} heads global{where}"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["SCALING_TYPES", "alibi_slopes", "check_scaling", "dynamic_scale", "scale_slopes"]
+__all__ = ["SCALING_TYPES", "alibi_slopes", "check_scaling", "dynamic_scale", "scale_slopes", "slopes_by_layer"]
 
 SCALING_TYPES = ("linear", "ntk", "dynamic")
 
@@ -43,6 +43,14 @@ def alibi_slopes(num_heads: int) -> Tensor:
 def _geometric(num_heads: int, exponents: Tensor) -> Tensor:
     ratio = torch.tensor(2.0 ** (-8.0 / num_heads), dtype=torch.float32)
     return ratio.pow(exponents.to(torch.int32))
+
+
+def slopes_by_layer(slopes: Any) -> list[list[float]]:
+    """The lists of slopes in `alibi_slopes` of a config: none if it is None, one for all layers, or one a layer."""
+    if slopes is None:
+        return []
+    nested = bool(slopes) and isinstance(slopes[0], list)
+    return slopes if nested else [slopes]
 
 
 def check_scaling(scaling: Mapping[str, Any]) -> None:

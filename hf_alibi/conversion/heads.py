@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..configuration import num_heads, num_key_heads
+
 __all__ = ["head_counts", "head_parameters", "permute_heads"]
 
 # Where heads stand in the parameters of a layer: along which dimension, and whether query heads or key heads. Biases of
@@ -26,9 +28,7 @@ _QUERY_HEADS |= {"c_proj.weight": 0}
 
 def head_counts(attention: nn.Module) -> tuple[int, int]:
     """Query heads of a self-attention layer, and the key heads that they share."""
-    config: Any = attention.config
-    heads = int(config.num_attention_heads)
-    return heads, int(getattr(config, "num_key_value_heads", None) or heads)
+    return num_heads(attention.config), num_key_heads(attention.config)
 
 
 @torch.no_grad()

@@ -21,10 +21,10 @@ from ..slopes import alibi_slopes
 from ..utils import evaluation_mode
 from .heads import head_counts, head_parameters, permute_heads
 
+__all__ = ["head_reaches", "match_heads", "matching_order"]
+
 # By how much the logarithm of a slope of 0 counts as less than that of the flattest other one.
 _FLATTER = math.log(16)
-
-__all__ = ["head_reaches", "match_heads", "matching_order"]
 
 
 def match_heads(

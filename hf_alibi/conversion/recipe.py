@@ -6,8 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..configuration import text_config
-from ..global_heads import GlobalHeads, describe_global_heads
+from ..global_heads import GlobalHeads
 from ..model.anatomy import text_decoder
 from ..model.patching import apply_alibi, checked_config
 from ..utils import input_device
@@ -57,7 +56,6 @@ def convert_model(
         text = matched.to(input_device(model))
         done["head_order"] = match_heads(model, text, global_heads=heads, global_every=every)
     apply_alibi(model, sink_tokens=recipe.sink_tokens, global_heads=heads, global_every=every)
-    done["slopes"] = describe_global_heads(text_config(model.config).alibi_slopes) or "the paper's"
     if teacher is not None:
         settings = FitSettings(recipe.distill_epochs, recipe.distill_learning_rate, batch_size, bf16, seed)
         fits = distill_layers(model, teacher, distilled, settings, progress=progress)

@@ -22,11 +22,11 @@ class ConversionArguments:
     )
     global_heads: int = field(
         default=0,
-        metadata={"help": "Heads of a layer that carry no bias, the farthest looking ones: they find what is far."},
+        metadata={
+            "help": "Number of heads of a layer that carry no bias; with match_tokens, those that look farthest."
+        },
     )
-    global_every: int = field(
-        default=1, metadata={"help": "The last of each so many layers has global heads; 1: all layers."}
-    )
+    global_every: int = field(default=1, metadata={"help": "Every n-th layer has global heads; 1: all layers."})
     distill_tokens: int = field(
         default=0,
         metadata={"help": "Training tokens on which each layer's attention is fitted to what the layer gave before."},

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration import text_config
+from ..slopes import slopes_by_layer
 from .compat import asks_for_a_backend
 from .own_attention import is_own_attention
 from .positions import NoPositions, NoRotation
@@ -30,7 +31,7 @@ def is_alibi(config: PreTrainedConfig) -> bool:
 def has_no_positions(config: PreTrainedConfig) -> bool:
     """Whether `config` is of a converted model whose slopes are all 0, which leaves it without any positions."""
     slopes = text_config(config).alibi_slopes if is_alibi(config) else None
-    return slopes is not None and not any(any(layer) if isinstance(layer, list) else layer for layer in slopes)
+    return slopes is not None and not any(map(any, slopes_by_layer(slopes)))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from ..configuration import (
     text_config,
 )
 from ..global_heads import GlobalHeads
-from .anatomy import is_alibi, text_decoder
+from .anatomy import TextDecoder, is_alibi, text_decoder
 from .families import is_listed
 from .installation import check_attention, check_family, install_alibi, undone_on_error
 from .modeling import model_class
@@ -56,9 +56,9 @@ def apply_alibi(
         sink_tokens: how many tokens at the beginning of each sequence carry no bias as keys, for any query and head:
             pretrained models rest much of their attention there (Xiao et al. 2023, arXiv 2309.17453). Distances of all
             other keys stay what they are. 0 is the paper's ALiBi.
-        global_heads: how many heads of a layer get slope 0, in as few key groups as possible, so that they find what is
-            far; the others keep the paper's slopes. See `match_heads` for which heads of the model come there.
-        global_every: the last layer of each `global_every` has them; 1 for all layers.
+        global_heads: how many heads of a layer get slope 0, in as few key groups as possible, so that they can see what
+            is far; the others keep the paper's slopes. See `match_heads` for which heads of the model come there.
+        global_every: every n-th layer has them, counted from the first; 1 for all layers.
 
     Returns `model`.
 
@@ -75,7 +75,11 @@ def apply_alibi(
     stock: Any = model.config
     decoder = text_decoder(model)
     config = checked_config(
-        model, slopes=slopes, sink_tokens=sink_tokens, global_heads=GlobalHeads(global_heads, global_every)
+        model,
+        slopes=slopes,
+        sink_tokens=sink_tokens,
+        global_heads=GlobalHeads(global_heads, global_every),
+        decoder=decoder,
     )
     with undone_on_error(model):
         _replace_configs(model, {id(stock): config, id(text_config(stock)): text_config(config)})
@@ -129,8 +133,12 @@ def checked_config(
     slopes: Sequence[float] | Sequence[Sequence[float]] | None = None,
     sink_tokens: int = 0,
     global_heads: GlobalHeads = _NO_GLOBAL_HEADS,
+    decoder: TextDecoder | None = None,
 ) -> Any:
-    """The config that `apply_alibi` gives `model`; raises what it does, as far as nothing has to be changed for it."""
+    """The config that `apply_alibi` gives `model`; raises what it does, as far as nothing has to be changed for it.
+
+    `decoder` is the text decoder, if it is known already.
+    """
     check_sink_tokens(sink_tokens)
     stock: Any = model.config
     if is_alibi(stock):
@@ -140,17 +148,16 @@ def checked_config(
         raise ValueError(
             f"no ALiBi form of {type(model).__module__}.{type(model).__name__}: it is not a model of its own"
         )
-    decoder = text_decoder(model)
+    decoder = decoder or text_decoder(model)
     check_attention(model, decoder)
     text = text_config(stock)
     check_backend(text._attn_implementation, sink_tokens)
     heads, layers = num_heads(text), len(decoder.self_attentions)
-    given = (
-        global_heads.slopes(heads, num_key_heads(text), layers)
-        if slopes is None
-        else torch.as_tensor(slopes, dtype=torch.float64).tolist()
-    )
-    if slopes is not None and global_heads.heads:
+    if slopes is None:
+        given = global_heads.slopes(heads, num_key_heads(text), layers)
+    elif global_heads.heads:
         raise ValueError("both slopes and global_heads given; a head of slope 0 is global, so give one of them")
+    else:
+        given = torch.as_tensor(slopes, dtype=torch.float64).tolist()
     check_slopes(given, heads, layers)
     return alibi_config(stock, alibi_slopes=given, alibi_sink_tokens=sink_tokens)

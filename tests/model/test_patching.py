@@ -224,7 +224,7 @@ def test_copies_and_pickles(family):
 
 def test_a_layer_reads_and_writes_the_models_config():
     config = SimpleNamespace(_attn_implementation="sdpa", hidden_size=8)
-    view = LayerConfig(config, SimpleNamespace(alibi_slopes=[0.5]))
+    view = LayerConfig(config, SimpleNamespace(alibi_slopes=[0.5]), 0)
     assert view._attn_implementation == "alibi_sdpa"
     assert view.hidden_size == 8
     assert view.alibi_slopes == [0.5]
@@ -236,6 +236,11 @@ def test_a_layer_reads_and_writes_the_models_config():
     config._attn_implementation = "flash_attention_3"
     with pytest.raises(ValueError, match="is not supported with ALiBi"):
         _ = view._attn_implementation
+
+
+def test_a_layer_reads_its_own_slopes_of_several():
+    alibi = SimpleNamespace(alibi_slopes=[[0.5], [0.25]])
+    assert [LayerConfig(SimpleNamespace(), alibi, layer).alibi_slopes for layer in (0, 1)] == [[0.5], [0.25]]
 
 
 def test_supported_families():

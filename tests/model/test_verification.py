@@ -83,7 +83,7 @@ def test_finds_a_layer_with_other_slopes(family, backend):
     def wrong(module, *args, **kwargs):
         if module is not attention:
             return original(module, *args, **kwargs)
-        keep, module.config = module.config, Wrong(model.config, model.config)
+        keep, module.config = module.config, Wrong(model.config, model.config, 0)
         try:
             return original(module, *args, **kwargs)
         finally:
