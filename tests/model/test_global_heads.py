@@ -8,6 +8,7 @@ import hf_alibi
 from helpers import reference
 from helpers.models import stock_model, tokens
 from hf_alibi.attention.cache import AlibiCache
+from hf_alibi.conversion import matching
 from hf_alibi.conversion.matching import matching_order
 from hf_alibi.global_heads import GlobalHeads
 from hf_alibi.model.anatomy import has_no_positions
@@ -123,3 +124,16 @@ def test_matching_puts_the_farthest_looking_heads_at_the_global_places():
     order = matching_order([900.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], 4, GlobalHeads(1).slopes(8, 4, 1))
     assert order[7] == 0
     assert order[6] == 1
+
+
+def test_match_heads_gives_each_layer_the_order_of_its_own_slopes(monkeypatch):
+    model = stock_model("llama", 6, num_key_value_heads=3)
+    # Head 2 looks farthest, and the paper's slopes alone would put it at another place than the global one, 3.
+    reaches = torch.tensor([15.0, 24.0, 51.0, 11.0, 22.0, 28.0])
+    monkeypatch.setattr(matching, "head_reaches", lambda model, input_ids: [reaches, reaches])
+    first, second = hf_alibi.match_heads(model, tokens(1, 30), global_heads=1, global_every=2)
+    assert first == matching_order(reaches.tolist(), 3)
+    assert first.index(2) != 3
+    assert second.index(2) == 3
+    hf_alibi.apply_alibi(model, global_heads=1, global_every=2)
+    assert [layer.index(0) if 0 in layer else None for layer in model.config.alibi_slopes] == [None, 3]
