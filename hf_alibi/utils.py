@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
@@ -16,10 +16,17 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-__all__ = ["METRICS_FILE", "evaluation_mode", "input_device", "progress_bar", "read_mapping"]
+__all__ = ["METRICS_FILE", "Blocks", "evaluation_mode", "input_device", "progress_bar", "read_mapping"]
 
 # What a training leaves beside its model: every number and setting of the run.
 METRICS_FILE = "metrics.json"
+
+
+class Blocks(Protocol):
+    """Text in blocks of one length: token ids, int64 of shape (tokens,) each. A tensor (blocks, tokens) is one too."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> torch.Tensor: ...
 
 
 @contextmanager

@@ -42,8 +42,8 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     tokenizer = load_tokenizer(args.models[0])
     text = {"dataset_name": PYTHON_DOCS} if args.file is None else {"train_file": [args.file]}
-    tokens = load_tokens(DataArguments(**text, validation_fraction=0.0), tokenizer).train
-    prompt = tokens[-args.tokens - args.new_tokens : -args.new_tokens]
+    tokens = load_tokens(DataArguments(**text, validation_fraction=0.0), tokenizer).train[0]
+    prompt = tokens[-args.tokens - args.new_tokens : -args.new_tokens].read()
     print(f"A prompt of {len(prompt)} tokens, which ends:\n\n… {tokenizer.decode(prompt)[-SHOWN:]}")
     for folder in args.models:
         model = AutoModelForCausalLM.from_pretrained(folder).eval()

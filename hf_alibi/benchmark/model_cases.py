@@ -289,7 +289,7 @@ def _load(args: BenchmarkArguments, device: torch.device) -> tuple[PreTrainedMod
 def _read_text(args: BenchmarkArguments) -> Tensor:
     source: dict[str, Any] = {"dataset_name": args.text} if args.text == PYTHON_DOCS else {"train_file": [args.text]}
     data = DataArguments(**source, validation_fraction=0.0)
-    return load_tokens(data, load_tokenizer(str(args.model_name_or_path))).train
+    return load_tokens(data, load_tokenizer(str(args.model_name_or_path))).train[0].read()
 
 
 @contextmanager

@@ -100,10 +100,12 @@ def _load_text(args: ExtrapolateArguments, data: DataArguments, models: Sequence
     """Read the held-out text, and check that it suits the protocol and all models."""
     protocol, probe = args.protocol(), args.probe()
     tokenizer = load_tokenizer(data.tokenizer_name or str(models[0].folder))
-    tokens = load_tokens(data, tokenizer).held_out
-    if not len(tokens):
+    held_out = load_tokens(data, tokenizer).held_out
+    if not len(held_out):
         raise InputError("no text is held out; set validation_fraction above 0, or give validation_file")
-    protocol.check(len(tokens))
+    protocol.check(len(held_out))
+    # No window begins further back.
+    tokens = held_out[-(protocol.scored_tokens + max(protocol.lengths)) :].read()
     _check_vocabularies(models, tokens, tokenizer, shared=data.tokenizer_name is not None)
     wanted = data.document_bos if args.window_bos is None else args.window_bos
     window_bos = bos_token_id(tokenizer, wanted, field="window_bos")

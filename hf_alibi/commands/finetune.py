@@ -31,10 +31,11 @@ from ..model.verification import verify_alibi
 from ..reporting.plots import loss_curve
 from ..reporting.results import check_output_dir, environment, replacing
 from ..training.checkpoints import STATE_FILE, is_complete, last_complete_checkpoint
-from ..training.data import TokenBlocks, TokenSplit, count_bytes, load_tokenizer, load_tokens, pack_blocks
+from ..training.data import TokenSplit, count_bytes, load_tokenizer, load_tokens
 from ..training.model_card import CARD_FILE, model_card
 from ..training.settings import DataArguments, FinetuneArguments
 from ..training.starting_model import check_length, check_sources, check_vocabulary, load_model, load_teacher
+from ..training.token_blocks import TokenBlocks, pack_blocks
 from ..training.trainer import RateScales, check_reporters, check_weights, make_trainer
 from ..utils import METRICS_FILE
 from .settings import load_settings, resolve_settings, save_settings
@@ -122,7 +123,7 @@ def train(
     metrics = _metrics(trainer.state, eval_loss)
     metrics["bits_per_byte"] = None
     if eval_blocks is not None and eval_loss is not None:
-        covered = tokens.held_out[: len(eval_blocks) * args.block_size]
+        covered = tokens.held_out[: len(eval_blocks) * args.block_size].read()
         metrics["bits_per_byte"] = eval_loss / math.log(2) * covered.numel() / count_bytes(covered, tokenizer)
     metrics["seconds"] = round(time.monotonic() - started, 1)
     metrics |= {"parameters": parameters, "conversion": conversion, "continued": continued, "config": config}
@@ -147,10 +148,10 @@ def _load_blocks(
     tokenizer = load_tokenizer(name)
     with training.main_process_first(desc="loading data"):
         tokens = load_tokens(data, tokenizer)
-    train_blocks = pack_blocks(tokens.train, args.block_size, name="the training text")
-    if not tokens.held_out.numel() and training.eval_strategy == "no":
+    train_blocks = pack_blocks(tokens.train, args.block_size, weights=data.train_weights, name="the training text")
+    if not len(tokens.held_out) and training.eval_strategy == "no":
         return tokenizer, tokens, train_blocks, None
-    return tokenizer, tokens, train_blocks, pack_blocks(tokens.held_out, args.block_size, name="the held-out text")
+    return tokenizer, tokens, train_blocks, pack_blocks([tokens.held_out], args.block_size, name="the held-out text")
 
 
 def _write(metrics: dict[str, Any], output_dir: Path) -> None:

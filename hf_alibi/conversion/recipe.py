@@ -3,13 +3,14 @@
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..global_heads import GlobalHeads
 from ..model.anatomy import text_decoder
 from ..model.patching import apply_alibi, checked_config
-from ..utils import input_device
+from ..utils import Blocks, input_device
 from .distillation import FitSettings, check_distillation, distill_layers
 from .matching import match_heads
 from .settings import ConversionArguments
@@ -19,7 +20,7 @@ __all__ = ["convert_model"]
 
 def convert_model(
     model: PreTrainedModel,
-    blocks: Tensor,
+    blocks: Blocks,
     recipe: ConversionArguments,
     *,
     bf16: bool = False,
@@ -30,7 +31,7 @@ def convert_model(
 
     Args:
         model: with its weights.
-        blocks: (blocks, tokens) of training text in blocks of the training length, of which the recipe reads the first.
+        blocks: of training text, (tokens,) each, of the training length; the recipe reads the first ones.
         recipe: what is done.
         bf16: distil in bfloat16 by autocast.
         seed: of the distillation.
@@ -44,7 +45,7 @@ def convert_model(
     # The unconverted model reads this text, so no more of a block than it has positions for.
     limit = text_decoder(model).limit
     matched, distilled = (
-        _first(blocks, getattr(recipe, name), name)[:, :limit] for name in ("match_tokens", "distill_tokens")
+        _FirstBlocks(blocks, getattr(recipe, name), name, limit) for name in ("match_tokens", "distill_tokens")
     )
     batch_size = recipe.distill_batch_size
     done: dict[str, Any] = {}
@@ -53,7 +54,7 @@ def convert_model(
         check_distillation(model, distilled, batch_size=batch_size)
         teacher = copy.deepcopy(model)
     if recipe.match_tokens:
-        text = matched.to(input_device(model))
+        text = torch.stack([matched[index] for index in range(len(matched))]).to(input_device(model))
         done["head_order"] = match_heads(model, text, global_heads=heads, global_every=every)
     apply_alibi(model, sink_tokens=recipe.sink_tokens, global_heads=heads, global_every=every)
     if teacher is not None:
@@ -63,9 +64,17 @@ def convert_model(
     return done
 
 
-def _first(blocks: Tensor, tokens: int, name: str) -> Tensor:
-    """The first blocks that hold `tokens` tokens; raises ValueError if there are fewer."""
-    count = -(-tokens // blocks.shape[1])
-    if count > len(blocks):
-        raise ValueError(f"{name} is {tokens:,}, but there are {blocks.numel():,} tokens of training text")
-    return blocks[:count]
+class _FirstBlocks:
+    """The first blocks that hold `tokens` tokens, each cut to `limit`; raises ValueError if there are fewer."""
+
+    def __init__(self, blocks: Blocks, tokens: int, name: str, limit: int | None) -> None:
+        size = len(blocks[0])
+        self._blocks, self._limit, self._count = blocks, limit, -(-tokens // size)
+        if self._count > len(blocks):
+            raise ValueError(f"{name} is {tokens:,}, but there are {len(blocks) * size:,} tokens of training text")
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._blocks[index][: self._limit]

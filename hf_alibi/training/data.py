@@ -1,8 +1,11 @@
 """Text to tokens to blocks: where documents come from, and what is held out."""
 
 import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -14,9 +17,9 @@ from ..errors import InputError, one_line
 from ..evaluation.passkey_prompts import passkey_training_tokens
 from .files import TEXT, load_files, loading, only_text
 from .settings import BYTES, PASSKEY, PYTHON_DOCS, DataArguments
+from .token_blocks import TokenStream
 
 __all__ = [
-    "TokenBlocks",
     "TokenSplit",
     "bos_token_id",
     "count_bytes",
@@ -24,32 +27,19 @@ __all__ = [
     "load_documents",
     "load_tokenizer",
     "load_tokens",
-    "pack_blocks",
 ]
+
+_INPUT_IDS = "input_ids"
+_DIGEST = "digest"
+_STREAMED_BATCH = 100  # documents that are tokenised together
 
 
 class TokenSplit(NamedTuple):
-    """Two 1-D int64 tensors of token ids that share no document position."""
+    """Tokens that share no document position."""
 
-    train: Tensor
-    held_out: Tensor
-
-
-class TokenBlocks(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Non-overlapping blocks of one token stream, as `input_ids` and `labels`; the remainder is left out."""
-
-    def __init__(self, tokens: Tensor, block_size: int) -> None:
-        count = tokens.numel() // block_size
-        self.input_ids = tokens[: count * block_size].view(count, block_size)
-
-    def __len__(self) -> int:
-        return self.input_ids.shape[0]
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        labels = self.input_ids[index].clone()
-        # Nothing predicts a block's first token. Models skip it, but Trainer would count it in its mean.
-        labels[0] = -100
-        return {"input_ids": self.input_ids[index], "labels": labels}
+    train: list[TokenStream]
+    """One stream, or one for each of the setting `train_weights`."""
+    held_out: TokenStream
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -97,8 +87,10 @@ def bos_token_id(
     return token if wanted else None
 
 
-def load_documents(args: DataArguments) -> datasets.Dataset:
+def load_documents(args: DataArguments) -> datasets.Dataset | datasets.IterableDataset:
     """Load the documents of a run in order, as one string column `text`; a .txt file is one document.
+
+    With `args.streaming` they are read while they are iterated over.
 
     Raises InputError for no or two sources, a missing or unreadable file, and an unknown extension, dataset
     or column.
@@ -113,7 +105,9 @@ def load_documents(args: DataArguments) -> datasets.Dataset:
     if args.dataset_name == PYTHON_DOCS:
         return _load_python_docs()
     with loading(f"the dataset {args.dataset_name!r}"):
-        dataset = datasets.load_dataset(args.dataset_name, args.dataset_config_name, split=args.dataset_split)
+        dataset = datasets.load_dataset(
+            args.dataset_name, args.dataset_config_name, split=args.dataset_split, streaming=args.streaming
+        )
     return only_text(dataset, args.text_column, source=f"the dataset {args.dataset_name!r}")
 
 
@@ -121,39 +115,26 @@ def load_tokens(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Toke
     """Load, deduplicate and tokenise the documents of a run, each followed by the end-of-sequence token.
 
     Documents begin with the beginning-of-sequence token if `args.document_bos` says so; see `bos_token_id`.
-    Without `validation_file` the last `validation_fraction` of the stream is held out. Of equal documents,
-    also across the two parts, the first is kept. The passkey dataset is held out in whole blocks.
+    Without `validation_file` the last `validation_fraction` of each stream is held out. Of equal documents,
+    also across all streams, the first is kept. The passkey dataset is held out in whole blocks.
 
-    Raises InputError for what `load_documents` refuses, and if no text is left.
+    The tokens stay on the disk, in the cache of `datasets`. Raises InputError for what `load_documents` refuses, and if
+    no text is left.
     """
     if args.dataset_name == PASSKEY and args.train_file is None:
         return _load_passkeys(args, tokenizer)
-    seen: set[bytes] = set()
-    bos = bos_token_id(tokenizer, args.document_bos)
-    train = _tokenize(_drop_duplicates(load_documents(args), seen), tokenizer, bos)
-    if not train.numel():
+    encoder = _Encoder(tokenizer, args)
+    train = [encoder.stream(load_documents(part), part.max_tokens) for part in _parts(args)]
+    if not all(map(len, train)):
         raise InputError("the training data is empty: it has no document with text; give files that hold text")
     if args.validation_file is not None:
-        documents = load_files(args.validation_file, args.text_column)
-        held_out = _tokenize(_drop_duplicates(documents, seen), tokenizer, bos)
-        if not held_out.numel():
+        held_out = encoder.stream(load_files(args.validation_file, args.text_column))
+        if not len(held_out):
             raise InputError("validation_file holds no text that is not in the training data; give other text")
         return TokenSplit(train, held_out)
-    boundary = train.numel() - int(train.numel() * args.validation_fraction)
-    return TokenSplit(train[:boundary], train[boundary:])
-
-
-def pack_blocks(tokens: Tensor, block_size: int, *, name: str = "the text") -> TokenBlocks:
-    """Cut a 1-D stream of tokens into blocks of `block_size`; `name` says in errors which stream it is.
-
-    Raises InputError if not even one block can be filled.
-    """
-    if tokens.numel() < block_size:
-        raise InputError(
-            f"{name} has {tokens.numel()} tokens, too few for one block of block_size {block_size}; "
-            f"give more text or a block_size of at most {tokens.numel()}"
-        )
-    return TokenBlocks(tokens, block_size)
+    cuts = [len(stream) - int(len(stream) * args.validation_fraction) for stream in train]
+    tails = [stream[cut:] for stream, cut in zip(train, cuts, strict=True)]
+    return TokenSplit([stream[:cut] for stream, cut in zip(train, cuts, strict=True)], TokenStream.joined(tails))
 
 
 def count_bytes(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -185,7 +166,8 @@ def _load_passkeys(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> T
         seed=args.passkey_seed,
     )
     boundary = block_size * (args.passkey_blocks - int(args.passkey_blocks * args.validation_fraction))
-    return TokenSplit(tokens[:boundary], tokens[boundary:])
+    stream = TokenStream([tokens.numpy()])
+    return TokenSplit([stream[:boundary]], stream[boundary:])
 
 
 def _load_python_docs() -> datasets.Dataset:
@@ -195,27 +177,77 @@ def _load_python_docs() -> datasets.Dataset:
     return datasets.Dataset.from_dict({TEXT: [topics[name] for name in sorted(topics)]})
 
 
-def _drop_duplicates(documents: datasets.Dataset, seen: set[bytes]) -> datasets.Dataset:
-    """Keep the first of equal documents, and none that is empty; `seen` collects the digests of the kept."""
-    kept = []
-    for index, text in enumerate(documents[TEXT]):
-        digest = hashlib.blake2b((text or "").encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        if text and not text.isspace() and digest not in seen:
-            seen.add(digest)
-            kept.append(index)
-    return documents.select(kept)
+def _parts(args: DataArguments) -> Iterator[DataArguments]:
+    """What each stream of the training text is read from."""
+    if args.train_weights is None:
+        yield args
+        return
+    for name, weight in zip(args.train_file or (), args.train_weights, strict=True):
+        most = None if args.max_tokens is None else round(args.max_tokens * weight / sum(args.train_weights))
+        yield replace(args, train_file=[name], train_weights=None, max_tokens=most)
 
 
-def _tokenize(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, bos: int | None) -> Tensor:
+class _Encoder:
+    """Turns documents into streams of tokens on the disk; of equal ones, in all its streams, it keeps the first."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> None:
+        self._encode = partial(_encode, tokenizer=tokenizer, bos=bos_token_id(tokenizer, args.document_bos))
+        self._num_proc = args.num_proc
+        self._seen: set[bytes] = set()
+
+    def stream(self, documents: datasets.Dataset | datasets.IterableDataset, most: int | None = None) -> TokenStream:
+        """The first `most` tokens of documents that are not empty."""
+        if isinstance(documents, datasets.Dataset):
+            kept = [index for index, text in enumerate(documents[TEXT]) if _is_new(text, self._seen)]
+            rows = documents.select(kept)
+            if kept:
+                rows = rows.map(
+                    self._encode, batched=True, remove_columns=[TEXT], num_proc=self._num_proc, desc="Tokenising"
+                )
+        else:
+            with loading("the text while it is streamed"):
+                rows = datasets.Dataset.from_generator(
+                    _encode_streamed, gen_kwargs={"documents": documents, "encode": self._encode, "most": most}
+                )
+            self._seen.update(rows[_DIGEST])
+        if not len(rows):
+            return TokenStream([])
+        # Arrow's flat buffers are those of the file.
+        chunks = rows.with_format("arrow")[:][_INPUT_IDS].chunks
+        return TokenStream([chunk.flatten().to_numpy() for chunk in chunks])[:most]
+
+
+def _encode(
+    batch: dict[str, list[str]], *, tokenizer: PreTrainedTokenizerBase, bos: int | None
+) -> dict[str, list[list[int]]]:
+    """The tokens of each document, from the beginning-of-sequence token, if one is given, to that of the end."""
     first = [] if bos is None else [bos]
+    encoded = tokenizer(batch[TEXT], add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return {_INPUT_IDS: [[*first, *ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
 
-    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        encoded = tokenizer(batch[TEXT], add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return {"input_ids": [[*first, *ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
 
-    if not len(documents):
-        return torch.empty(0, dtype=torch.int64)
-    encoded = documents.map(encode, batched=True, remove_columns=[TEXT], desc="Tokenising")
-    # Arrow's flat buffers: a Python list of every token would need ten times the memory.
-    chunks = encoded.with_format("arrow")[:]["input_ids"].chunks
-    return torch.cat([torch.tensor(chunk.flatten().to_numpy(), dtype=torch.int64) for chunk in chunks])
+def _encode_streamed(
+    documents: datasets.IterableDataset, encode: Callable[..., dict[str, list[list[int]]]], most: int
+) -> Iterator[dict[str, Any]]:
+    """Rows with the tokens of new documents, until there are `most` tokens."""
+    seen: set[bytes] = set()
+    for batch in documents.iter(_STREAMED_BATCH):
+        texts = [text for text in batch[TEXT] if _is_new(text, seen)]
+        for text, ids in zip(texts, encode({TEXT: texts})[_INPUT_IDS] if texts else (), strict=True):
+            yield {_INPUT_IDS: ids, _DIGEST: _digest(text)}
+            most -= len(ids)
+            if most <= 0:
+                return
+
+
+def _is_new(text: str | None, seen: set[bytes]) -> bool:
+    """Whether a document is neither empty nor among those `seen`, to which it is added."""
+    if not text or text.isspace():
+        return False
+    before = len(seen)
+    seen.add(_digest(text))
+    return len(seen) > before
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

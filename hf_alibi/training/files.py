@@ -5,9 +5,9 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 from datasets.exceptions import DatasetGenerationError
@@ -16,6 +16,8 @@ from ..errors import InputError, one_line
 from .settings import BUILDERS, COMPRESSED
 
 __all__ = ["TEXT", "load_files", "loading", "only_text"]
+
+_Dataset = TypeVar("_Dataset", datasets.Dataset, datasets.IterableDataset)
 
 TEXT = "text"
 """Column of the documents."""
@@ -84,18 +86,22 @@ def _load(paths: list[Path], column: str) -> datasets.Dataset:
     return only_text(dataset, TEXT if extension == ".txt" else column, source=source)
 
 
-def only_text(dataset: datasets.Dataset, column: str, *, source: str) -> datasets.Dataset:
+def only_text(dataset: _Dataset, column: str, *, source: str) -> _Dataset:
     """The column that holds the text, under the name `text`. Raises InputError if there is none, or none of text."""
-    if column not in dataset.column_names:
-        raise InputError(
-            f"{source} has no column {column!r}; set text_column to one of {', '.join(dataset.column_names)}"
-        )
-    dtype = str(getattr(dataset.features[column], "dtype", ""))
+    features = dataset.features
+    if features is None:  # a dataset that is streamed may not know yet
+        with loading(source):
+            first: dict[str, Any] = next(iter(dataset), {})
+        kinds = {name: "string" if isinstance(value, str) else "null" for name, value in first.items()}
+        features = {name: datasets.Value(kind) for name, kind in kinds.items()}
+    if column not in features:
+        raise InputError(f"{source} has no column {column!r}; set text_column to one of {', '.join(features)}")
+    dtype = str(getattr(features[column], "dtype", ""))
     # Strings that all look like dates are read as dates.
     if not dtype.startswith(("string", "large_string", "date", "time")):
-        kinds = sorted({type(value).__name__ for value in dataset[column][:1000]})
+        found = sorted({type(value).__name__ for value in islice(dataset[column], 1000)})
         raise InputError(
-            f"column {column!r} of {source} holds {dtype or ' and '.join(kinds)}, not text alone; set text_column to "
+            f"column {column!r} of {source} holds {dtype or ' and '.join(found)}, not text alone; set text_column to "
             "one that holds text"
         )
     text = dataset.select_columns([column]).cast_column(column, datasets.Value("string"))

@@ -122,6 +122,18 @@ class DataArguments:
         default=0.1,
         metadata={"help": "Share of the tokens, at the end, that is held out; at least 0, below 1."},
     )
+    train_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "Share of the training tokens for each name in train_file, such as 0.7 0.3: a mixture."},
+    )
+    max_tokens: int | None = field(
+        default=None, metadata={"help": "Read no more than this many tokens, held-out tail included."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Download no more of dataset_name than max_tokens need, for data too large for the disk."},
+    )
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise the text. Default: one."})
     tokenizer_name: str | None = field(
         default=None,
         metadata={"help": f"Tokenizer by path or hub name, or {BYTES} (UTF-8 bytes). Default: the model's own."},
@@ -150,8 +162,25 @@ class DataArguments:
             )
         if self.dataset_name == PASSKEY and self.validation_file is not None:
             raise InputError(f"the dataset {PASSKEY} holds out blocks of its own; leave validation_file out")
+        self._check_mixture()
         if self.passkey_blocks < 1:
             raise InputError(f"passkey_blocks is {self.passkey_blocks}; it must be at least 1")
+
+    def _check_mixture(self) -> None:
+        weights, names = self.train_weights, self.train_file or []
+        if weights is not None and (len(weights) != len(names) or not all(0 < weight < math.inf for weight in weights)):
+            raise InputError(
+                f"train_weights is {weights} and train_file names {len(names)}; give one weight above 0 for each name"
+            )
+        for name in ("max_tokens", "num_proc"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}; it must be at least 1")
+        if self.streaming and (self.max_tokens is None or self.dataset_name in (None, PYTHON_DOCS, PASSKEY)):
+            raise InputError(
+                "streaming is true; it needs the dataset_name of a dataset on the hub or in a folder, and max_tokens, "
+                "which say how much of it is read"
+            )
 
 
 @dataclass

@@ -80,7 +80,7 @@ def load_teacher(args: FinetuneArguments, model: PreTrainedModel) -> PreTrainedM
 def check_vocabulary(model: PreTrainedModel, tokens: TokenSplit) -> None:
     """Raise InputError if the model does not embed all `tokens`."""
     vocabulary = model.get_input_embeddings().num_embeddings
-    largest = max(int(part.max()) for part in tokens if part.numel())
+    largest = max(stream.max() for stream in (*tokens.train, tokens.held_out) if len(stream))
     if largest >= vocabulary:
         raise InputError(
             f"the tokenizer gives the token id {largest}, but the model embeds only {vocabulary} tokens; "

@@ -22,7 +22,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from ..errors import InputError, one_line
 from ..model.anatomy import is_alibi, text_decoder
-from .data import TokenBlocks
+from .token_blocks import TokenBlocks
 
 __all__ = ["RateScales", "check_reporters", "check_weights", "divergence", "make_trainer", "next_token_loss"]
 

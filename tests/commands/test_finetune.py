@@ -13,8 +13,9 @@ from helpers.runs import BYTES, config_file, cut, drop_weight, held_out, refused
 from hf_alibi.commands.fields import read_yaml
 from hf_alibi.commands.finetune import finetune
 from hf_alibi.training.checkpoints import last_complete_checkpoint
-from hf_alibi.training.data import TokenBlocks, load_tokenizer, load_tokens
+from hf_alibi.training.data import load_tokenizer, load_tokens
 from hf_alibi.training.settings import DataArguments
+from hf_alibi.training.token_blocks import TokenBlocks
 from hf_alibi.training.trainer import RateScales, divergence, make_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "workplace")
@@ -198,7 +199,7 @@ def test_rate_scales_are_the_size_of_a_step(attention, mlp, embedding):
 def test_a_rate_scale_of_0_freezes():
     save_model("base", LLAMA)
     model = AutoModelForCausalLM.from_pretrained("base")
-    blocks = TokenBlocks(torch.zeros(2 * BLOCK, dtype=torch.int64), BLOCK)
+    blocks = TokenBlocks(torch.zeros(2, BLOCK, dtype=torch.int64))
     scales = RateScales(mlp=0.0, embeddings=0.0)
     make_trainer(model, load_tokenizer("bytes"), TrainingArguments("run", report_to="none"), blocks, None, scales)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -216,7 +217,8 @@ def test_a_teacher_is_learned_and_not_the_text():
     metrics = run(**asked)
     text = run(**{**asked, "teacher_name_or_path": None}, output_dir="text")
     models = {name: AutoModelForCausalLM.from_pretrained(name).eval() for name in ("base", "run", "text", "teacher")}
-    ids = load_tokens(DataArguments(train_file=["text.txt"]), load_tokenizer("bytes")).train[: 4 * BLOCK].view(4, BLOCK)
+    (stream,) = load_tokens(DataArguments(train_file=["text.txt"]), load_tokenizer("bytes")).train
+    ids = stream[: 4 * BLOCK].read().view(4, BLOCK)
 
     @torch.no_grad()
     def distance(name):

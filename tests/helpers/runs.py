@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from hf_alibi.commands.fields import read_yaml
 from hf_alibi.errors import InputError
-from hf_alibi.training.data import load_tokenizer, load_tokens, pack_blocks
+from hf_alibi.training.data import load_tokenizer, load_tokens
 from hf_alibi.training.settings import DataArguments
+from hf_alibi.training.token_blocks import pack_blocks
 
 ROOT = Path(__file__).parents[2]
 BYTES = 259  # tokens of the byte tokenizer
@@ -80,6 +81,7 @@ def held_out(folder, tokenizer="bytes"):
     saved = read_yaml(Path(folder, "config.yaml"))
     data = DataArguments(**{field.name: saved[field.name] for field in dataclasses.fields(DataArguments)})
     tokens = load_tokens(data, load_tokenizer(tokenizer)).held_out
-    blocks = torch.stack([block["input_ids"] for block in pack_blocks(tokens, saved["block_size"])])
+    packed = pack_blocks([tokens], saved["block_size"]).input_ids
+    blocks = torch.stack([packed[index] for index in range(len(packed))])
     logits = AutoModelForCausalLM.from_pretrained(folder)(blocks).logits[:, :-1].double()
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).item(), blocks

@@ -2,11 +2,13 @@ import json
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pytest
 import torch
 
 from helpers.made_up import word_tokenizer
 from helpers.runs import BYTES, refused
+from hf_alibi.training import data
 from hf_alibi.training.data import (
     bos_token_id,
     count_bytes,
@@ -14,7 +16,6 @@ from hf_alibi.training.data import (
     load_documents,
     load_tokenizer,
     load_tokens,
-    pack_blocks,
 )
 from hf_alibi.training.settings import DataArguments
 
@@ -48,7 +49,13 @@ def split(tokenizer, *texts, validation_fraction=0, **settings):
     """Tokens to train on and held out of documents with these texts."""
     files = [write("a.jsonl", *texts)]
     settings = DataArguments(train_file=files, validation_fraction=validation_fraction, **settings)
-    return load_tokens(settings, tokenizer)
+    return read(load_tokens(settings, tokenizer))
+
+
+def read(split):
+    """The tokens of a split, that are trained on and that are held out."""
+    (train,) = split.train
+    return train.read(), split.held_out.read()
 
 
 def byte_ids(text):
@@ -85,9 +92,9 @@ def test_the_tail_is_held_out(tokenizer):
 
 
 def test_validation_file_shares_no_document_with_training(tokenizer):
-    tokens = split(tokenizer, "ab", "cd", validation_file=[write("b.jsonl", "cd", "ef")])
-    assert tokenizer.decode(tokens.train.tolist()) == "ab</s>cd</s>"
-    assert tokenizer.decode(tokens.held_out.tolist()) == "ef</s>"
+    train, held_out = split(tokenizer, "ab", "cd", validation_file=[write("b.jsonl", "cd", "ef")])
+    assert tokenizer.decode(train.tolist()) == "ab</s>cd</s>"
+    assert tokenizer.decode(held_out.tolist()) == "ef</s>"
 
 
 def test_python_docs_is_the_same_every_time():
@@ -110,19 +117,6 @@ def test_other_text_column():
         documents(train_file=["a.jsonl"])
     with refused(r"column 'n' .* holds int64, not text"):
         documents(train_file=["a.jsonl"], text_column="n")
-
-
-def test_blocks_do_not_overlap():
-    blocks = pack_blocks(torch.arange(11), 4)
-    assert [block["input_ids"].tolist() for block in blocks] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert blocks[1]["labels"].tolist() == [-100, 5, 6, 7]  # nothing predicts the first token
-    assert len(blocks) == 2
-    assert len(pack_blocks(torch.arange(4), 4)) == 1
-
-
-def test_text_shorter_than_a_block():
-    with refused(r"the held-out text has 7 tokens.*block_size of at most 7"):
-        pack_blocks(torch.arange(7), 8, name="the held-out text")
 
 
 def test_bytes_behind_tokens(tokenizer):
@@ -185,14 +179,14 @@ def test_document_numbers_follow_the_end_of_sequence_tokens(tokenizer):
 
 def test_passkeys_fill_blocks_and_are_held_out_in_blocks(tokenizer):
     args = DataArguments(dataset_name="passkey", passkey_block_size=256, passkey_blocks=10, validation_fraction=0.25)
-    train, held_out = load_tokens(args, tokenizer)
+    train, held_out = read(load_tokens(args, tokenizer))
     assert (len(train), len(held_out)) == (8 * 256, 2 * 256)
-    for block in pack_blocks(torch.cat([train, held_out]), 256):
-        assert block["input_ids"][-1] == EOS
-        assert "pass key" in tokenizer.decode(block["input_ids"].tolist())
-    assert torch.equal(load_tokens(args, tokenizer).train, train)
+    for block in torch.cat([train, held_out]).view(-1, 256):
+        assert block[-1] == EOS
+        assert "pass key" in tokenizer.decode(block.tolist())
+    assert torch.equal(read(load_tokens(args, tokenizer))[0], train)
     args.passkey_seed = 1
-    assert not torch.equal(load_tokens(args, tokenizer).train, train)
+    assert not torch.equal(read(load_tokens(args, tokenizer))[0], train)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +226,7 @@ def test_one_token_for_beginning_and_end_makes_no_documents_of_its_own():
 
 def test_documents_begin_as_the_tokenizer_begins_texts():
     def stream(*, with_bos, wanted=None):
-        return split(word_tokenizer(with_bos=with_bos), "w1 w2", "w3", document_bos=wanted).train.tolist()
+        return split(word_tokenizer(with_bos=with_bos), "w1 w2", "w3", document_bos=wanted)[0].tolist()
 
     assert stream(with_bos=True) == [1, 4, 5, 2, 1, 6, 2]
     assert stream(with_bos=False) == [4, 5, 2, 6, 2]
@@ -246,3 +240,71 @@ def test_a_beginning_of_sequence_that_the_tokenizer_lacks_is_refused(tokenizer):
         bos_token_id(tokenizer, wanted=True)
     with refused("window_bos is true"):
         bos_token_id(tokenizer, wanted=True, field="window_bos")
+
+
+def test_max_tokens_are_the_first_ones_with_the_held_out_tail_among_them(tokenizer):
+    whole, _ = split(tokenizer, "0123456789", "abcdefghij")
+    train, held_out = split(tokenizer, "0123456789", "abcdefghij", max_tokens=15, validation_fraction=0.2)
+    assert torch.equal(torch.cat([train, held_out]), whole[:15])
+    assert len(held_out) == 3
+
+
+def test_a_mixture_has_one_stream_for_each_name(tokenizer):
+    write("a.jsonl", "ab" * 20, "cd")
+    write("b.jsonl", "cd", "ef" * 20)
+    names = ["a.jsonl", "b.jsonl"]
+    args = DataArguments(train_file=names, train_weights=[3, 1], max_tokens=40, validation_fraction=0.1)
+    tokens = load_tokens(args, tokenizer)
+    assert [tokenizer.decode(stream.read()) for stream in tokens.train] == [("ab" * 20)[:27], ("ef" * 20)[:9]]
+    assert tokenizer.decode(tokens.held_out.read()) == "bab" + "f"
+    of_all = load_tokens(DataArguments(train_file=names, train_weights=[1, 1]), tokenizer)
+    text = "".join(tokenizer.decode(stream.read()) for stream in (*of_all.train, of_all.held_out))
+    assert text.count("cd") == 1  # equal documents are dropped across the streams
+
+
+def test_streaming_reads_what_is_needed_and_gives_what_reading_all_gives(tokenizer, monkeypatch):
+    Path("mine").mkdir()
+    write("mine/train.jsonl", *(f"document {index} " + "x" * 50 for index in range(400)), "document 0 " + "x" * 50)
+    settings = {"dataset_name": str(Path("mine").absolute()), "max_tokens": 1000, "validation_fraction": 0.1}
+    whole = read(load_tokens(DataArguments(**settings), tokenizer))
+    seen = []
+    is_new = data._is_new
+    monkeypatch.setattr(data, "_is_new", lambda text, before: seen.append(text) or is_new(text, before))
+    streamed = read(load_tokens(DataArguments(**settings, streaming=True), tokenizer))
+    assert all(map(torch.equal, streamed, whole))
+    assert 0 < len(seen) < 400
+
+
+def test_streamed_text_is_kept_out_of_the_held_out_text(tokenizer):
+    Path("mine").mkdir()
+    write("mine/train.jsonl", "ab", "", "cd", "ab")
+    held_out = write("b.jsonl", "cd", "ef")
+    args = DataArguments(dataset_name="mine", max_tokens=100, streaming=True, validation_file=[held_out])
+    for _ in range(2):  # the second time from the cache
+        train, other = read(load_tokens(args, tokenizer))
+        assert tokenizer.decode(train) == "ab</s>cd</s>"
+        assert tokenizer.decode(other) == "ef</s>"
+
+
+def test_a_column_that_is_streamed_is_checked(tokenizer):
+    Path("mine").mkdir()
+    Path("mine/train.jsonl").write_text('{"body": "ab", "n": 1}\n')
+    with refused("no column 'text'; set text_column to one of body, n"):
+        load_tokens(DataArguments(dataset_name="mine", max_tokens=9, streaming=True), tokenizer)
+    with refused("column 'n' of the dataset 'mine' holds int64, not text"):
+        load_tokens(DataArguments(dataset_name="mine", max_tokens=9, streaming=True, text_column="n"), tokenizer)
+
+
+def test_processes_that_tokenise_change_nothing(tokenizer):
+    texts = [f"document {index}" for index in range(50)]
+    assert all(map(torch.equal, split(tokenizer, *texts), split(tokenizer, *texts, num_proc=2)))
+
+
+def test_tokens_stay_on_the_disk(tokenizer):
+    """The buffers are those of the mapped file, not copies of it."""
+    args = DataArguments(train_file=[write("a.jsonl", *(str(index) * 20 for index in range(3000)))])
+    before = pa.total_allocated_bytes()
+    (stream,) = load_tokens(args, tokenizer).train
+    assert len(stream) > 100_000
+    assert pa.total_allocated_bytes() - before < len(stream)
+    assert not any(piece.flags.owndata or piece.flags.writeable for piece in stream._pieces)
