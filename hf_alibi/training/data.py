@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from ..errors import InputError, one_line
 from ..evaluation.passkey_prompts import passkey_training_tokens
+from .encoding import INPUT_IDS, encode_documents
 from .files import TEXT, load_files, loading, only_text
 from .settings import BYTES, PASSKEY, PYTHON_DOCS, DataArguments
 from .token_blocks import TokenStream
@@ -29,7 +32,6 @@ __all__ = [
     "load_tokens",
 ]
 
-_INPUT_IDS = "input_ids"
 _DIGEST = "digest"
 _STREAMED_BATCH = 100  # documents that are tokenised together
 
@@ -191,7 +193,7 @@ class _Encoder:
     """Turns documents into streams of tokens on the disk; of equal ones, in all its streams, it keeps the first."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> None:
-        self._encode = partial(_encode, tokenizer=tokenizer, bos=bos_token_id(tokenizer, args.document_bos))
+        self._encode = partial(encode_documents, tokenizer=tokenizer, bos=bos_token_id(tokenizer, args.document_bos))
         self._num_proc = args.num_proc
         self._seen: set[bytes] = set()
 
@@ -213,28 +215,21 @@ class _Encoder:
         if not len(rows):
             return TokenStream([])
         # Arrow's flat buffers are those of the file.
-        chunks = rows.with_format("arrow")[:][_INPUT_IDS].chunks
+        chunks = rows.with_format("arrow")[:][INPUT_IDS].chunks
         return TokenStream([chunk.flatten().to_numpy() for chunk in chunks])[:most]
 
 
-def _encode(
-    batch: dict[str, list[str]], *, tokenizer: PreTrainedTokenizerBase, bos: int | None
-) -> dict[str, list[list[int]]]:
-    """The tokens of each document, from the beginning-of-sequence token, if one is given, to that of the end."""
-    first = [] if bos is None else [bos]
-    encoded = tokenizer(batch[TEXT], add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return {_INPUT_IDS: [[*first, *ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
-
-
 def _encode_streamed(
-    documents: datasets.IterableDataset, encode: Callable[..., dict[str, list[list[int]]]], most: int
+    documents: datasets.IterableDataset,
+    encode: Callable[[dict[str, list[str]]], dict[str, list[NDArray[np.int32]]]],
+    most: int,
 ) -> Iterator[dict[str, Any]]:
     """Rows with the tokens of new documents, until there are `most` tokens."""
     seen: set[bytes] = set()
     for batch in documents.iter(_STREAMED_BATCH):
         texts = [text for text in batch[TEXT] if _is_new(text, seen)]
-        for text, ids in zip(texts, encode({TEXT: texts})[_INPUT_IDS] if texts else (), strict=True):
-            yield {_INPUT_IDS: ids, _DIGEST: _digest(text)}
+        for text, ids in zip(texts, encode({TEXT: texts})[INPUT_IDS] if texts else (), strict=True):
+            yield {INPUT_IDS: ids, _DIGEST: _digest(text)}
             most -= len(ids)
             if most <= 0:
                 return
