@@ -2,7 +2,7 @@
 
     python scripts/extrapolate.py configs/extrapolate/gpt2.yaml
     python scripts/extrapolate.py configs/extrapolate/gpt2.yaml --lengths 512 16384 --output_dir runs/long
-    python scripts/extrapolate.py configs/extrapolate/gpt2.yaml --baselines rope_yarn sliding_window --passkey_cases 20
+    python scripts/extrapolate.py configs/extrapolate/gpt2.yaml --baselines rope_yarn sliding_window --probe_cases 20
     python scripts/extrapolate.py configs/extrapolate/gpt2.yaml --models '{"alibi": "runs/gpt2-alibi"}'
     python scripts/extrapolate.py --help
 

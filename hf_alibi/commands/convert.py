@@ -81,6 +81,7 @@ def _convert(
         models={"alibi": str(output_dir), "original": str(output_dir / _CONTROL) if comparison.control else source},
         train_length=args.block_size,
         output_dir=str(output_dir / _EVALUATION),
+        probe_if_known=True,
         **{one.name: getattr(comparison, one.name) for one in dataclasses.fields(ComparisonArguments)},
     )
     require_matplotlib()

@@ -1,7 +1,8 @@
 """`hf-alibi extrapolate`: compare models at lengths beyond their training length."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,17 +17,18 @@ from ..errors import InputError
 from ..evaluation.baselines import ChosenBaselines, Lengths, check_names, choose, with_baseline
 from ..evaluation.checked_model import CheckedModel, check_longest, check_model
 from ..evaluation.comparisons import Key, with_intervals
-from ..evaluation.passkey import PasskeyRow, evaluate_passkey
-from ..evaluation.passkey_prompts import PasskeyProbe, PasskeyText
 from ..evaluation.perplexity import Extrapolation, evaluate_extrapolation
+from ..evaluation.probe_prompts import Probe, ProbeText
+from ..evaluation.probe_tasks import TASKS
+from ..evaluation.probes import ProbeRow, evaluate_probe
 from ..evaluation.protocol import FULL, Protocol
 from ..evaluation.settings import ExtrapolateArguments
 from ..model.anatomy import is_alibi
 from ..model.loading import load_complete
 from ..reporting.curves import Comparison
 from ..reporting.findings import findings
-from ..reporting.plots import loss_by_position, passkey_map, perplexity_by_length, require_matplotlib
-from ..reporting.report import passkey_rows, table_rows, write_report
+from ..reporting.plots import loss_by_position, perplexity_by_length, probe_map, require_matplotlib
+from ..reporting.report import probe_rows, table_rows, write_report
 from ..reporting.results import Results, check_output_dir, environment, write_results
 from ..training.data import bos_token_id, count_bytes, document_numbers, load_tokenizer, load_tokens
 from ..training.settings import DataArguments
@@ -76,7 +78,7 @@ def compare(args: ExtrapolateArguments, data: DataArguments) -> Results:
         "environment": environment(),
         "models": {model.name: model.describe(baselines[model.name]) for model in models},
         **_numbers(found, document_numbers(text.scored, text.tokenizer), models, protocol),
-        **_passkeys(probe, found),
+        **_probes(probe, found),
         "position_loss": dict(_position_losses(found)),
     }
     _print(results, _write(results, output_dir), Console(highlight=False))
@@ -84,14 +86,14 @@ def compare(args: ExtrapolateArguments, data: DataArguments) -> Results:
 
 
 class _Text(NamedTuple):
-    """What models read: held-out tokens, of which `scored` are scored, and passkey prompts."""
+    """What models read: held-out tokens, of which `scored` are scored, and prompts of the probes."""
 
     tokenizer: Tokenizer
     tokens: Tensor
     scored: Tensor
     num_bytes: int
     window_bos: int | None
-    passkeys: PasskeyText | None
+    prompts: ProbeText | None
     described: dict[str, Any]
     """What the results say of it."""
 
@@ -109,9 +111,9 @@ def _load_text(args: ExtrapolateArguments, data: DataArguments, models: Sequence
     _check_vocabularies(models, tokens, tokenizer, shared=data.tokenizer_name is not None)
     wanted = data.document_bos if args.window_bos is None else args.window_bos
     window_bos = bos_token_id(tokenizer, wanted, field="window_bos")
-    passkeys = PasskeyText(tokenizer, window_bos) if probe is not None else None
-    if probe is not None and passkeys is not None:
-        probe.check(passkeys)
+    prompts = ProbeText(tokenizer, window_bos) if probe is not None else None
+    if probe is not None and prompts is not None:
+        probe.check(prompts)
     scored = tokens[-protocol.scored_tokens :]
     num_bytes = count_bytes(scored, tokenizer)
     described = {
@@ -120,7 +122,7 @@ def _load_text(args: ExtrapolateArguments, data: DataArguments, models: Sequence
         "document_bos": _token(tokenizer, bos_token_id(tokenizer, data.document_bos)),
         "window_bos": _token(tokenizer, window_bos),
     }
-    return _Text(tokenizer, tokens, scored, num_bytes, window_bos, passkeys, described)
+    return _Text(tokenizer, tokens, scored, num_bytes, window_bos, prompts, described)
 
 
 def _check_vocabularies(models: Sequence[CheckedModel], tokens: Tensor, tokenizer: Tokenizer, *, shared: bool) -> None:
@@ -151,10 +153,10 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 class _Found(NamedTuple):
-    """The results of a model: perplexities by context, and keys."""
+    """The results of a model: perplexities by context, and answers to the probes."""
 
     perplexities: dict[str, Extrapolation]
-    keys: list[PasskeyRow]
+    answers: list[ProbeRow]
 
 
 def _evaluate(
@@ -187,9 +189,9 @@ def _evaluate(
                 cropped=cropped and context == FULL,
                 **asdict(args.protocol()),
             )
-            if probe is not None and text.passkeys is not None:
-                rows = evaluate_passkey(variant, text.passkeys, probe, name=name, limit=checked.position_limit)
-                found.keys.extend(replace(row, model=checked.name, context=context) for row in rows)
+            if probe is not None and text.prompts is not None:
+                rows = evaluate_probe(variant, text.prompts, probe, name=name, limit=checked.position_limit)
+                found.answers.extend(replace(row, model=checked.name, context=context) for row in rows)
         return found
     finally:
         del model, variant
@@ -214,10 +216,11 @@ def _numbers(
     return with_intervals(rows, losses, documents, subjects=subjects, train_length=protocol.train_length)
 
 
-def _passkeys(probe: PasskeyProbe | None, found: Mapping[str, _Found]) -> dict[str, Any]:
+def _probes(probe: Probe | None, found: Mapping[str, _Found]) -> dict[str, Any]:
     if probe is None:
         return {}
-    return {"passkey": {**asdict(probe), "rows": [asdict(row) for of_model in found.values() for row in of_model.keys]}}
+    rows = [asdict(row) for of_model in found.values() for row in of_model.answers]
+    return {"probes": {**asdict(probe), "rows": rows}}
 
 
 def _position_losses(found: Mapping[str, _Found]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -241,9 +244,12 @@ def _token(tokenizer: Tokenizer, token_id: int | None) -> str | None:
 
 def _write(results: Results, output_dir: Path) -> list[Path]:
     written = list(write_results(results, output_dir))
-    drawn = [(perplexity_by_length, "perplexity.png"), (loss_by_position, "position_loss.png")]
-    if "passkey" in results:
-        drawn.append((passkey_map, "passkey.png"))
+    drawn: list[tuple[Callable[[Results, Path], None], str]] = [
+        (perplexity_by_length, "perplexity.png"),
+        (loss_by_position, "position_loss.png"),
+    ]
+    for task in Comparison(results).probe_tasks():
+        drawn.append((partial(probe_map, task=task), f"{task}.png"))
     for draw, name in drawn:
         draw(results, output_dir / name)
         written.append(output_dir / name)
@@ -251,15 +257,16 @@ def _write(results: Results, output_dir: Path) -> list[Path]:
 
 
 def _print(results: Results, paths: Sequence[Path], console: Console) -> None:
-    """Print the perplexities, one table a protocol, the keys found, what it comes to, and where the files are."""
+    """Print perplexities, a table a protocol, what was found of each probe, what it comes to, and where files are."""
     results = Comparison(results)
     for protocol in results.protocols():
         title = f"Perplexity. {results.protocol_title(protocol)}"
         seen = ("tokens seen", results.tokens_seen(protocol))
         rows = [seen, *table_rows(results, protocol, "perplexity")]
         _print_table(console, title, results.protocol_lengths(protocol), rows)
-    if "passkey" in results:
-        _print_table(console, "Passkeys found", results["passkey"]["lengths"], passkey_rows(results))
+    for task in results.probe_tasks():
+        title = f"{TASKS[task].plural.capitalize()} found"
+        _print_table(console, title, results["probes"]["lengths"], probe_rows(results, task))
     for sentence in findings(results):
         console.print(sentence.replace("**", ""), markup=False)
     for path in paths:

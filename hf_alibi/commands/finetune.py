@@ -137,9 +137,9 @@ def _load_blocks(
     args: FinetuneArguments, data: DataArguments, training: TrainingArguments
 ) -> tuple[PreTrainedTokenizerBase, TokenSplit, TokenBlocks, TokenBlocks | None]:
     """Tokenizer, tokens, and the blocks that are trained on and held out, None if no text is."""
-    if data.passkey_block_size not in (None, args.block_size):
+    if data.probe_block_size not in (None, args.block_size):
         raise InputError(
-            f"passkey_block_size is {data.passkey_block_size} and block_size {args.block_size}, so blocks would cut "
+            f"probe_block_size is {data.probe_block_size} and block_size {args.block_size}, so blocks would cut "
             "prompts; give both the same length"
         )
     name = data.tokenizer_name or args.model_name_or_path

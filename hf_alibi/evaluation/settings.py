@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Literal
 
 from ..errors import InputError
 from ..utils import read_mapping
+from .probe_tasks import TASKS
 from .protocol import Protocol
 
 if TYPE_CHECKING:
-    from .passkey_prompts import PasskeyProbe
+    from .probe_prompts import Probe
 
 __all__ = ["NO_MODEL", "ComparisonArguments", "ControlArguments", "ExtrapolateArguments"]
 
 _MULTIPLES = (1, 2, 4, 8, 16)
 _DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_DEFAULT_TASKS = ("passkey",)
+_CASES_OF_A_CONVERSION = 4
 NO_MODEL = "none"
 
 
@@ -52,6 +55,37 @@ class ComparisonArguments:
             "alibi_linear alibi_ntk; all: those that fit each model. Default: none."
         },
     )
+    probes: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"Tasks of retrieval that models are asked, of {' '.join(TASKS)}. Default: passkey; in a "
+            "conversion all, each only of models that can do it at the shortest length."
+        },
+    )
+    probe_cases: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cases of each task, length and depth; 0: no probes. Default: none, "
+            f"and {_CASES_OF_A_CONVERSION} in a conversion."
+        },
+    )
+    probe_depths: list[float] | None = field(
+        default=None, metadata={"help": "Where the answer stands, from 0 to 1. Default: 0 0.25 0.5 0.75 1."}
+    )
+    probe_lengths: list[int] | None = field(
+        default=None, metadata={"help": "Lengths of the prompts in tokens, answer included. Default: lengths."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.probe_cases is not None and self.probe_cases < 0:
+            raise InputError(f"probe_cases is {self.probe_cases}; give a number of cases, or 0 for no probes")
+        for name, values, allowed, what in (
+            ("probe_depths", self.probe_depths, lambda depth: 0 <= depth <= 1, "different numbers from 0 to 1"),
+            ("probe_lengths", self.probe_lengths, lambda length: length >= 1, "different numbers of at least 1 token"),
+            ("probes", self.probes, lambda task: task in TASKS, f"different ones of {', '.join(TASKS)}"),
+        ):
+            if len(set(values or ())) != len(values or ()) or not all(map(allowed, values or ())):
+                raise InputError(f"{name} is {values}; give {what}")
 
 
 @dataclass(kw_only=True)
@@ -72,6 +106,10 @@ class ExtrapolateArguments(ComparisonArguments):
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
         default="float32", metadata={"help": "Type of the weights; auto: as saved."}
     )
+    probe_if_known: bool = field(
+        default=False,
+        metadata={"help": "Ask models only the tasks that they can do at the shortest length, as a conversion does."},
+    )
     cropped: list[str] | None = field(
         default=None,
         metadata={
@@ -79,18 +117,9 @@ class ExtrapolateArguments(ComparisonArguments):
             f"ALiBi; {NO_MODEL}: no model."
         },
     )
-    passkey_cases: int = field(
-        default=0, metadata={"help": "Cases of the passkey probe for each length and depth; 0: no probe."}
-    )
-    passkey_depths: list[float] | None = field(
-        default=None, metadata={"help": "Where the key stands, from 0 to 1. Default: 0 0.25 0.5 0.75 1."}
-    )
-    passkey_lengths: list[int] | None = field(
-        default=None, metadata={"help": "Lengths of the probe in tokens, answer included. Default: lengths."}
-    )
 
     def __post_init__(self) -> None:
-        self._check_probe()
+        super().__post_init__()
         self.models = self.sources()
         for name in self.cropped or ():
             if name not in self.sources() and self.cropped != [NO_MODEL]:
@@ -107,27 +136,18 @@ class ExtrapolateArguments(ComparisonArguments):
             raise InputError(f"models is {models!r}; it must be a mapping, {{name: folder or hub name, ...}}")
         return models
 
-    def _check_probe(self) -> None:
-        if self.passkey_cases < 0:
-            raise InputError(f"passkey_cases is {self.passkey_cases}; give a number of cases, or 0 for no probe")
-        for name, values, allowed in (
-            ("passkey_depths", self.passkey_depths, lambda depth: 0 <= depth <= 1),
-            ("passkey_lengths", self.passkey_lengths, lambda length: length >= 1),
-        ):
-            if len(set(values or ())) != len(values or ()) or not all(map(allowed, values or ())):
-                ends = "from 0 to 1" if name == "passkey_depths" else "of at least 1 token"
-                raise InputError(f"{name} is {values}; give different numbers {ends}")
+    def probe(self) -> Probe | None:
+        """Return what is asked with the defaults filled in, None if nothing is."""
+        from .probe_prompts import Probe  # takes torch, and these settings are read before it is imported
 
-    def probe(self) -> PasskeyProbe | None:
-        """Return the passkey probe with the defaults filled in, None if it is off."""
-        from .passkey_prompts import PasskeyProbe  # takes torch, and these settings are read before it is imported
-
-        if not self.passkey_cases:
+        if not self.probe_cases:
             return None
-        return PasskeyProbe(
-            lengths=sorted(self.passkey_lengths or self.protocol().lengths),
-            depths=sorted(self.passkey_depths or _DEPTHS),
-            cases=self.passkey_cases,
+        return Probe(
+            lengths=sorted(self.probe_lengths or self.protocol().lengths),
+            depths=sorted(self.probe_depths or _DEPTHS),
+            cases=self.probe_cases,
+            tasks=self.probes or _DEFAULT_TASKS,
+            if_known=self.probe_if_known,
         )
 
     def protocol(self) -> Protocol:
@@ -153,3 +173,9 @@ class ControlArguments(ComparisonArguments):
         default=None,
         metadata={"help": "Its learning rate, the same for all weights. Default: that of the converted model."},
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.probe_cases is None:
+            self.probe_cases = _CASES_OF_A_CONVERSION
+        self.probes = self.probes or list(TASKS)

@@ -31,6 +31,10 @@ class Comparison(dict[str, Any]):
             return f"Sliding window, stride {self.stride_words()}"
         return {NON_OVERLAPPING: "Non-overlapping windows"}.get(protocol, protocol)
 
+    def probe_tasks(self) -> list[str]:
+        """The tasks that models were asked."""
+        return list(self["probes"]["tasks"]) if "probes" in self else []
+
     def stride_words(self) -> str:
         """How far a sliding window moves on, in words."""
         stride = self["settings"]["stride"]

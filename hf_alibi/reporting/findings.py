@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..evaluation.intervals import share_difference
+from ..evaluation.probe_tasks import TASKS
+from ..evaluation.probes import KNOWN
 from ..evaluation.protocol import FULL, OK
 from .curves import Comparison, format_interval, format_value, listed, times
 from .results import Results
@@ -20,12 +22,10 @@ _BETTER, _WORSE = "better", "worse"
 # With less training than this nothing is concluded: what a conversion costs still falls fast there. SmolLM2-135M cost a
 # factor of 1.3 after 65,000 tokens and 1.14 after 200,000.
 _FEWEST_STEPS, _FEWEST_TOKENS = 50, 100_000
-# Below this share of keys found at the shortest length, a probe says that the model does not know the task.
-_KNOWS_THE_TASK = 0.5
 
 
 def findings(results: Results) -> list[str]:
-    """Sentences: the training, the price, longer than in training, against the original's best form, and passkeys."""
+    """Sentences: the training, the price, longer than in training, against the original's best form, and the probes."""
     results = Comparison(results)
     model = next(iter([*_of_kind(results, "alibi"), *results["models"]]))
     original = next(iter(_of_kind(results, "original")), None)
@@ -38,7 +38,7 @@ def findings(results: Results) -> list[str]:
             found = price(results, model, original, protocol)
             sentences[1:1] = [] if found is None else [found]
             sentences += _against_the_best(results, model, original, protocol)
-    return [*sentences, _passkey(results, model, read=not too_little)]
+    return [*sentences, _probes(results, model, read=not too_little)]
 
 
 def _of_kind(results: Comparison, kind: str) -> list[str]:
@@ -208,33 +208,38 @@ def _advice(lengths: Sequence[int], wins: Sequence[int]) -> str:
     return f": these numbers speak for converting at {first}{last} tokens"
 
 
-def _passkey(results: Comparison, model: str, *, read: bool) -> str:
-    """How many keys are found at the shortest and the longest length and, if it may be `read`, what that means."""
-    if "passkey" not in results:
+def _probes(results: Comparison, model: str, *, read: bool) -> str:
+    """What is found of each probe at the shortest and the longest length and, if it may be `read`, what that means."""
+    if "probes" not in results:
         return (
-            f"Whether **{model}** finds what stands far back in its context is not known: the passkey probe was not "
-            "run (`passkey_cases`)."
+            f"Whether **{model}** finds what stands far back in its context is not known: no probe was run "
+            "(`probe_cases`)."
         )
+    return " ".join(_probe(results, model, task, read=read) for task in results.probe_tasks())
+
+
+def _probe(results: Comparison, model: str, task: str, *, read: bool) -> str:
     rows = [
         row
-        for row in results["passkey"]["rows"]
-        if (row["model"], row["context"], row["depth"], row["status"]) == (model, FULL, None, OK)
+        for row in results["probes"]["rows"]
+        if (row["model"], row["context"], row["task"], row["depth"]) == (model, FULL, task, None)
     ]
-    if not rows:
-        return f"**{model}** runs at none of the lengths of the passkey probe."
-    first, last = (pick(rows, key=lambda row: row["length"]) for pick in (min, max))
+    asked, plural = [row for row in rows if row["status"] == OK], TASKS[task].plural
+    if not asked:
+        return f"**{model}** was asked for {plural} at none of the lengths: {rows[0]['reason']}."
+    first, last = (pick(asked, key=lambda row: row["length"]) for pick in (min, max))
     share = f"{_share(first)} at {first['length']} tokens"
     if last is not first:
         share += f" and {_share(last)} at {last['length']}"
-    return f"Of passkeys **{model}** finds {share}{_passkey_reading(first, last) if read else ''}."
+    return f"Of {plural} **{model}** finds {share}{_probe_reading(first, last) if read else ''}."
 
 
 def _share(row: Mapping[str, Any]) -> str:
     return f"{row['found']} of {row['cases']} [{row['low']:.0%}, {row['high']:.0%}]"
 
 
-def _passkey_reading(first: Mapping[str, Any], last: Mapping[str, Any]) -> str:
-    if first["found"] < _KNOWS_THE_TASK * first["cases"]:
+def _probe_reading(first: Mapping[str, Any], last: Mapping[str, Any]) -> str:
+    if first["found"] < KNOWN * first["cases"]:
         return ": it does not know the task, so this says nothing about length"
     if last is first:
         return ""

@@ -11,6 +11,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import InputError
+from ..evaluation.probe_tasks import TASKS
 from ..evaluation.protocol import CROPPED, FULL, NON_OVERLAPPING, OK, SLIDING
 from .curves import Comparison
 from .results import Results, replacing
@@ -24,8 +25,8 @@ __all__ = [
     "loss_by_position",
     "loss_by_row",
     "loss_curve",
-    "passkey_map",
     "perplexity_by_length",
+    "probe_map",
     "require_matplotlib",
 ]
 
@@ -125,11 +126,11 @@ def _draw_lengths(panel: Axes, rows: Sequence[Mapping[str, Any]], label: str, co
         )
 
 
-def passkey_map(results: Results, path: Path) -> None:
-    """Draw the share of keys found as a map of depth against length, one panel a model or baseline, as a PNG."""
+def probe_map(results: Results, path: Path, *, task: str) -> None:
+    """Draw the share of a probe that was found, by depth and length, one panel a model or baseline, as a PNG."""
     results = Comparison(results)
-    probe = results["passkey"]
-    rows = probe["rows"]
+    probe = results["probes"]
+    rows = [row for row in probe["rows"] if row["task"] == task]
     names = list(dict.fromkeys((row["model"], row["context"]) for row in rows))
     columns = min(len(names), _MAP_COLUMNS)
     width = max(2.4, 0.5 * len(probe["lengths"]) + 0.5)
@@ -157,9 +158,11 @@ def passkey_map(results: Results, path: Path) -> None:
     for panel in panels.flat[len(names) :]:
         panel.set_axis_off()
     figure.supxlabel("length of the prompt (tokens)", fontsize=10)
-    figure.supylabel("depth of the key", fontsize=10)
+    figure.supylabel("depth of the answer", fontsize=10)
     if image is not None:
-        figure.colorbar(image, ax=panels, label="keys found", format="{x:.0%}", fraction=0.05, aspect=25)
+        figure.colorbar(
+            image, ax=panels, label=f"{TASKS[task].plural} found", format="{x:.0%}", fraction=0.05, aspect=25
+        )
     _save(figure, path)
 
 

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.probe_tasks import TASKS
+from ..evaluation.probes import NOT_ASKED
 from ..evaluation.protocol import CANNOT_RUN, CROPPED, NON_OVERLAPPING, OK, SLIDING
 from .curves import (
     Comparison,
@@ -16,7 +18,7 @@ from .findings import findings
 from .html_page import html_page
 from .results import Results, replacing
 
-__all__ = ["passkey_rows", "table_rows", "write_report"]
+__all__ = ["probe_rows", "table_rows", "write_report"]
 
 _TITLE = "Perplexity beyond the training length"
 
@@ -63,11 +65,16 @@ _INTERVALS = {
     ),
 }
 
-_PASSKEY = (
-    "A number of five digits stands in filler text, at a depth from 0 % (the beginning) to 100 % (right before the "
-    "question), and the prompt ends with the question for it; prompt and answer are exactly as long as said. A case "
-    "counts if greedy generation gives the whole number. {cases} cases for each length and depth, the same ones for "
-    "every model. In brackets: Wilson's 95 % interval."
+_PROBES = (
+    "Statements stand in filler text, and the prompt ends with a question for one of them, which is at a depth from "
+    "0 % (the beginning) to 100 % (right before the question); prompt and answer are exactly as long as said. A case "
+    "counts if greedy generation gives the whole answer. {cases} cases for each length and depth, the same ones for "
+    "every model. In brackets: Wilson's 95 % interval.{if_known}"
+)
+
+_IF_KNOWN = (
+    " A model that is right in less than half of the cases of the shortest length does not know the task and is not "
+    "asked at longer ones."
 )
 
 _LIMITS = (
@@ -81,20 +88,20 @@ _LIMITS = (
     "Where documents are shorter than the window, the added context is other documents.",
 )
 
-_PASSKEY_LIMITS = {
+_PROBE_LIMITS = {
     True: (
-        "The passkey probe asks for one number in filler that repeats itself, the easiest case of retrieval: to fail "
-        "it says more than to pass it. A model that does not find the number in short prompts does not know the task, "
-        "and its numbers say nothing about length; training on `dataset_name: passkey` teaches it."
+        "The filler of the probes repeats itself, so that what is hidden stands out: to fail says more than to pass. A "
+        "model that fails in short prompts does not know the task, and its numbers say nothing about length; training "
+        "on `dataset_name: probes` teaches it."
     ),
-    False: "The passkey probe was not run (`passkey_cases`): whether distant facts are found is not known.",
+    False: "No probe was run (`probe_cases`): whether distant facts are found is not known.",
 }
 
 
 def write_report(results: Results, folder: Path) -> list[Path]:
     """Write `report.md` and `report.html` of an extrapolation run into `folder`; returns both paths.
 
-    The pictures lie beside them: `perplexity.png`, `position_loss.png`, and `passkey.png` if the probe was run. The
+    The pictures lie beside them: `perplexity.png`, `position_loss.png`, and one by the name of each probe's task. The
     page has them inside.
     """
     results = Comparison(results)
@@ -122,10 +129,10 @@ def table_rows(
         yield results.curve_name(model, context), cells
 
 
-def passkey_rows(results: Results) -> Iterator[tuple[str, list[str]]]:
-    """Yield, for each model and baseline, its name and the share of keys found at each length as text."""
+def probe_rows(results: Results, task: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield, for each model and baseline, its name and the share of a probe that was found at each length as text."""
     results = Comparison(results)
-    rows = [row for row in results["passkey"]["rows"] if row["depth"] is None]
+    rows = [row for row in results["probes"]["rows"] if row["task"] == task and row["depth"] is None]
     for model, context in dict.fromkeys((row["model"], row["context"]) for row in rows):
         cells = [_share(row) for row in rows if (row["model"], row["context"]) == (model, context)]
         yield results.curve_name(model, context), cells
@@ -133,7 +140,7 @@ def passkey_rows(results: Results) -> Iterator[tuple[str, list[str]]]:
 
 def _share(row: Mapping[str, Any]) -> str:
     if row["status"] != OK:
-        return CANNOT_RUN
+        return str(row["status"])
     return f"{row['found'] / row['cases']:.0%} [{row['low']:.0%}, {row['high']:.0%}]"
 
 
@@ -144,7 +151,7 @@ def _sections(results: Comparison) -> Iterator[str]:
         yield _protocol_section(results, protocol)
     yield "![Perplexity against evaluation length, one panel a protocol](perplexity.png)"
     yield from _ratios(results)
-    yield from _passkey(results)
+    yield from _probes(results)
     yield "## Findings"
     yield _bullets(findings(results))
     yield "## Loss by position"
@@ -153,7 +160,7 @@ def _sections(results: Comparison) -> Iterator[str]:
     yield "## What the models and baselines are"
     yield _bullets(_definitions(results))
     yield "## What the numbers do not show"
-    yield _bullets([*_LIMITS[:1], _PASSKEY_LIMITS["passkey" in results], *_LIMITS[1:]])
+    yield _bullets([*_LIMITS[:1], _PROBE_LIMITS["probes" in results], *_LIMITS[1:]])
     yield "## How it was run"
     yield _environment(results)
 
@@ -278,14 +285,31 @@ def _protocol_section(results: Comparison, protocol: str) -> str:
     return "\n\n".join(parts)
 
 
-def _passkey(results: Comparison) -> Iterator[str]:
-    if "passkey" not in results:
+def _probes(results: Comparison) -> Iterator[str]:
+    if "probes" not in results:
         return
-    yield "## Passkey probe"
-    yield _PASSKEY.format(cases=results["passkey"]["cases"])
-    header = ["keys found", *map(str, results["passkey"]["lengths"])]
-    yield markdown_table(header, [[name, *cells] for name, cells in passkey_rows(results)])
-    yield "![Share of keys found by depth and length, one panel a model](passkey.png)"
+    probe = results["probes"]
+    yield "## Probes"
+    yield _PROBES.format(cases=probe["cases"], if_known=_IF_KNOWN if probe["if_known"] else "")
+    for task in results.probe_tasks():
+        plural = TASKS[task].plural.capitalize()
+        yield f"**{plural}**: the prompt asks {TASKS[task].asks}."
+        header = [f"{plural.lower()} found", *map(str, probe["lengths"])]
+        yield markdown_table(header, [[name, *cells] for name, cells in probe_rows(results, task)])
+        if reasons := _bullets(list(_reasons(results, task))):
+            yield reasons
+        yield f"![{plural} found by depth and length, one panel a model]({task}.png)"
+
+
+def _reasons(results: Comparison, task: str) -> Iterator[str]:
+    """Why models were not asked."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for row in results["probes"]["rows"]:
+        if (row["task"], row["depth"], row["status"]) == (task, None, NOT_ASKED):
+            name = results.curve_name(row["model"], row["context"])
+            found.setdefault((name, row["reason"]), []).append(row["length"])
+    for (name, reason), lengths in found.items():
+        yield f"{name} was not asked at {listed(lengths)} tokens: {reason}."
 
 
 def _position_text(results: Comparison) -> str:

@@ -16,10 +16,10 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from ..errors import InputError, one_line
-from ..evaluation.passkey_prompts import passkey_training_tokens
+from ..evaluation.probe_prompts import probe_training_tokens
 from .encoding import INPUT_IDS, encode_documents
 from .files import TEXT, load_files, loading, only_text
-from .settings import BYTES, PASSKEY, PYTHON_DOCS, DataArguments
+from .settings import BYTES, PROBES, PYTHON_DOCS, DataArguments
 from .token_blocks import TokenStream
 
 __all__ = [
@@ -100,8 +100,8 @@ def load_documents(args: DataArguments) -> datasets.Dataset | datasets.IterableD
     if (args.dataset_name is None) == (args.train_file is None):
         given = "neither" if args.dataset_name is None else "both"
         raise InputError(f"{given} of dataset_name and train_file given; give exactly one of them")
-    if args.dataset_name == PASSKEY:
-        raise InputError(f"the dataset {PASSKEY} is made of tokens, not of text; use load_tokens")
+    if args.dataset_name == PROBES:
+        raise InputError(f"the dataset {PROBES} is made of tokens, not of text; use load_tokens")
     if args.train_file is not None:
         return load_files(args.train_file, args.text_column)
     if args.dataset_name == PYTHON_DOCS:
@@ -123,8 +123,8 @@ def load_tokens(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Toke
     The tokens stay on the disk, in the cache of `datasets`. Raises InputError for what `load_documents` refuses, and if
     no text is left.
     """
-    if args.dataset_name == PASSKEY and args.train_file is None:
-        return _load_passkeys(args, tokenizer)
+    if args.dataset_name == PROBES and args.train_file is None:
+        return _load_probes(args, tokenizer)
     encoder = _Encoder(tokenizer, args)
     train = [encoder.stream(load_documents(part), part.max_tokens) for part in _parts(args)]
     if not all(map(len, train)):
@@ -158,16 +158,17 @@ def document_numbers(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tens
     return ended.cumsum(0) - ended
 
 
-def _load_passkeys(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> TokenSplit:
-    block_size = args.passkey_block_size or 0
-    tokens = passkey_training_tokens(
+def _load_probes(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> TokenSplit:
+    block_size = args.probe_block_size or 0
+    tokens = probe_training_tokens(
         tokenizer,
         bos_token_id=bos_token_id(tokenizer, args.document_bos),
         block_size=block_size,
-        blocks=args.passkey_blocks,
-        seed=args.passkey_seed,
+        blocks=args.probe_blocks,
+        seed=args.probe_seed,
+        tasks=args.probe_tasks,
     )
-    boundary = block_size * (args.passkey_blocks - int(args.passkey_blocks * args.validation_fraction))
+    boundary = block_size * (args.probe_blocks - int(args.probe_blocks * args.validation_fraction))
     stream = TokenStream([tokens.numpy()])
     return TokenSplit([stream[:boundary]], stream[boundary:])
 

@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..errors import InputError
+from ..evaluation.probe_tasks import TASKS
 from ..utils import read_mapping
 
 __all__ = [
     "BUILDERS",
     "BYTES",
     "COMPRESSED",
-    "PASSKEY",
+    "PROBES",
     "PYTHON_DOCS",
     "AblationArguments",
     "DataArguments",
@@ -19,7 +20,7 @@ __all__ = [
 ]
 
 PYTHON_DOCS = "python-docs"
-PASSKEY = "passkey"
+PROBES = "probes"
 BYTES = "bytes"
 
 # File extension to the builder of `datasets` that reads it.
@@ -102,7 +103,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": f"Dataset on the Hugging Face hub, or {PYTHON_DOCS}: text that ships with CPython, "
-            f"or {PASSKEY}: prompts that hide a number, with the answer."
+            f"or {PROBES}: prompts that hide a number, with the answer."
         },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of dataset_name."})
@@ -145,26 +146,32 @@ class DataArguments:
             "Default: if the tokenizer itself begins texts with it."
         },
     )
-    passkey_block_size: int | None = field(
+    probe_block_size: int | None = field(
         default=None,
-        metadata={"help": f"For {PASSKEY}: tokens that whole prompts fill; give the block_size of the training."},
+        metadata={"help": f"For {PROBES}: tokens that whole prompts fill; give the block_size of the training."},
     )
-    passkey_blocks: int = field(default=4096, metadata={"help": f"For {PASSKEY}: how many such blocks."})
-    passkey_seed: int = field(default=0, metadata={"help": f"For {PASSKEY}: another one gives other prompts."})
+    probe_blocks: int = field(default=4096, metadata={"help": f"For {PROBES}: how many such blocks."})
+    probe_tasks: list[str] = field(
+        default_factory=lambda: ["passkey"],
+        metadata={"help": f"For {PROBES}: which tasks, of {' '.join(TASKS)}."},
+    )
+    probe_seed: int = field(default=0, metadata={"help": f"For {PROBES}: another one gives other prompts."})
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation_fraction < 1:
             raise InputError(f"validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1")
-        if (self.dataset_name == PASSKEY) != (self.passkey_block_size is not None):
+        if (self.dataset_name == PROBES) != (self.probe_block_size is not None):
             raise InputError(
-                f"dataset_name is {self.dataset_name} and passkey_block_size {self.passkey_block_size}; give "
-                f"passkey_block_size, the block_size of the training, with dataset_name {PASSKEY} and only there"
+                f"dataset_name is {self.dataset_name} and probe_block_size {self.probe_block_size}; give "
+                f"probe_block_size, the block_size of the training, with dataset_name {PROBES} and only there"
             )
-        if self.dataset_name == PASSKEY and self.validation_file is not None:
-            raise InputError(f"the dataset {PASSKEY} holds out blocks of its own; leave validation_file out")
+        if self.dataset_name == PROBES and self.validation_file is not None:
+            raise InputError(f"the dataset {PROBES} holds out blocks of its own; leave validation_file out")
+        if not self.probe_tasks or not all(task in TASKS for task in self.probe_tasks):
+            raise InputError(f"probe_tasks is {self.probe_tasks}; give one or more of {', '.join(TASKS)}")
         self._check_mixture()
-        if self.passkey_blocks < 1:
-            raise InputError(f"passkey_blocks is {self.passkey_blocks}; it must be at least 1")
+        if self.probe_blocks < 1:
+            raise InputError(f"probe_blocks is {self.probe_blocks}; it must be at least 1")
 
     def _check_mixture(self) -> None:
         weights, names = self.train_weights, self.train_file or []
@@ -176,7 +183,7 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; it must be at least 1")
-        if self.streaming and (self.max_tokens is None or self.dataset_name in (None, PYTHON_DOCS, PASSKEY)):
+        if self.streaming and (self.max_tokens is None or self.dataset_name in (None, PYTHON_DOCS, PROBES)):
             raise InputError(
                 "streaming is true; it needs the dataset_name of a dataset on the hub or in a folder, and max_tokens, "
                 "which say how much of it is read"

@@ -91,14 +91,14 @@ def test_arguments_reach_the_command(monkeypatch, tmp_path):
     assert seen == [["run.yaml", "--seed", "1"]]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "passkey", "gpt2-small"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "probes", "gpt2-small"])
 def test_shipped_configs_are_valid(name):
     classes = (FinetuneArguments, ConversionArguments, DataArguments, TrainingArguments)
     argv = [str(ROOT / f"configs/finetune/{name}.yaml")]
     arguments, _, data, training = load_settings(classes, argv)
     assert arguments.attention == ("original" if name == "gpt2-small" else "alibi")
     assert data.dataset_name is not None
-    assert data.passkey_block_size in (None, arguments.block_size)
+    assert data.probe_block_size in (None, arguments.block_size)
     # One of them says how long the training is.
     assert (training.max_steps > 0) == (arguments.budget_tokens is None)
     assert not Path(training.output_dir).is_absolute()

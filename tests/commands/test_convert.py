@@ -211,8 +211,8 @@ def test_complete_runs_are_not_repeated(monkeypatch):
         (finetune, {"max_steps": 4}, "both budget_tokens and max_steps given"),
         (
             finetune,
-            {"train_file": None, "dataset_name": "passkey", "passkey_block_size": 64},
-            "passkey_block_size is 64 and block_size 32, so blocks would cut prompts",
+            {"train_file": None, "dataset_name": "probes", "probe_block_size": 64},
+            "probe_block_size is 64 and block_size 32, so blocks would cut prompts",
         ),
         (run, {"attention": "nope"}, "leave attention as alibi"),
         (run, {"lengths": [32, 64], "scored_tokens": 12_800}, "the text has"),

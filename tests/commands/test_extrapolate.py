@@ -171,7 +171,7 @@ class TestBaselines:
         assert "`rope_dynamic` or `rope_yarn`: the longest length, 32, is within the 32 tokens" in report
 
     def test_lengths_of_the_probe_count_for_the_factor(self, command, rotary):
-        results = command(models=rotary, baselines=["rope_yarn"], passkey_cases=1, passkey_lengths=[256])
+        results = command(models=rotary, baselines=["rope_yarn"], probe_cases=1, probe_lengths=[256])
         assert results["models"]["original"]["baselines"] == {"rope_yarn": "YaRN ×8"}
 
 
@@ -204,17 +204,17 @@ class TestIntervals:
         assert {e["model"] for e in results["comparisons"] if e["length"] != e["against_length"]} == {"alibi"}
 
 
-def test_the_passkey_probe_asks_all_models_and_baselines(command, rotary, tmp_path, capsys):
-    asked = {"passkey_cases": 2, "passkey_lengths": [160, 200], "passkey_depths": [0, 1]}
+def test_the_probes_ask_all_models_and_baselines(command, rotary, tmp_path, capsys):
+    asked = {"probe_cases": 2, "probe_lengths": [160, 200], "probe_depths": [0, 1]}
     results = command(models=rotary, baselines=["rope_yarn"], **asked)
-    probe = results["passkey"]
+    probe = results["probes"]
     assert (probe["lengths"], probe["depths"], probe["cases"]) == ([160, 200], [0.0, 1.0], 2)
     asked = {(row["model"], row["context"], row["length"], row["depth"]) for row in probe["rows"]}
     lines = [("alibi", "full"), ("original", "full"), ("original", "rope_yarn")]
     assert asked == {(*line, n, depth) for line in lines for n in (160, 200) for depth in (0.0, 1.0, None)}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*FILES, "passkey.png"}
     assert "Passkeys found" in capsys.readouterr().out
-    assert "## Passkey probe" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "## Probes" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
 
 
 def test_models_are_in_memory_one_at_a_time(command, rotary, monkeypatch):
@@ -283,11 +283,11 @@ class TestWrongInputStopsBeforeEvaluation:
             ({"models": {}}, "must be a mapping"),
             ({"baselines": ["yarn"]}, "baselines names 'yarn'; allowed: rope_linear"),
             ({"baselines": ["rope_yarn"]}, "'rope_yarn', which is for none of the models alibi, original"),
-            ({"passkey_cases": -1}, "passkey_cases is -1"),
-            ({"passkey_depths": [0.5, 1.5]}, "passkey_depths is .*from 0 to 1"),
-            ({"passkey_lengths": [0]}, "passkey_lengths is .*at least 1 token"),
-            ({"passkey_lengths": [256, 256]}, "give different numbers"),
-            ({"passkey_cases": 1}, r"passkey_lengths has 16, and .* give passkey_lengths of at least \d+"),
+            ({"probe_cases": -1}, "probe_cases is -1"),
+            ({"probe_depths": [0.5, 1.5]}, "probe_depths is .*from 0 to 1"),
+            ({"probe_lengths": [0]}, "probe_lengths is .*at least 1 token"),
+            ({"probe_lengths": [256, 256]}, "give different numbers"),
+            ({"probe_cases": 1}, r"probe_lengths has 16, and .* give probe_lengths of at least \d+"),
             ({"cropped": ["other"]}, "cropped names 'other'; the models are alibi, original"),
             ({"lengths": [32, 64]}, "train_length 16 is not among lengths"),
             ({"train_length": 0}, "must be at least 1 token"),

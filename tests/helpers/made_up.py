@@ -109,8 +109,8 @@ def made_up_comparison(first, second, ratio, *, spread):
     return {**dict(zip(fields, first, strict=True)), **against, "ratio": ratio, **ends}
 
 
-def with_keys(results, found, *, lengths, depths=(0.0, 1.0), cases=10):
-    """The same with a passkey probe: {(model, context): keys found in each cell of a length}; None: cannot run."""
+def with_keys(results, found, *, lengths, depths=(0.0, 1.0), cases=10, task="passkey"):
+    """The same with a probe: {(model, context): keys found in each cell of a length}; None: cannot run."""
     rows = []
     for (model, context), counts in found.items():
         for length, count in zip(lengths, counts, strict=True):
@@ -120,9 +120,11 @@ def with_keys(results, found, *, lengths, depths=(0.0, 1.0), cases=10):
                 low, high = (None, None) if right is None else wilson(right, asked)
                 status = "cannot run" if right is None else "ok"
                 cell = {"length": length, "depth": depth, "found": right, "cases": asked, "low": low, "high": high}
-                rows.append({"model": model, "context": context, **cell, "status": status})
-    probe = {"lengths": list(lengths), "depths": list(depths), "cases": cases, "seed": 0}
-    return {**results, "passkey": {**probe, "rows": rows}}
+                which = {"model": model, "context": context, "task": task}
+                reason = "learned position table has 128 rows" if right is None else None
+                rows.append({**which, **cell, "status": status, "reason": reason})
+    probe = {"lengths": list(lengths), "depths": list(depths), "cases": cases, "seed": 0, "tasks": [task]}
+    return {**results, "probes": {**probe, "if_known": False, "rows": rows}}
 
 
 def word_tokenizer(*, with_bos):

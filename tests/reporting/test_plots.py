@@ -1,13 +1,14 @@
 """Pictures hold what they should: looked at through what was drawn and through the file."""
 
 import sys
+from functools import partial
 
 import pytest
 
 from helpers.made_up import made_up_results, with_keys
 from hf_alibi.errors import InputError
 from hf_alibi.reporting import plots
-from hf_alibi.reporting.plots import loss_by_position, loss_curve, passkey_map, perplexity_by_length, require_matplotlib
+from hf_alibi.reporting.plots import loss_by_position, loss_curve, perplexity_by_length, probe_map, require_matplotlib
 
 LENGTHS = [8, 16, 32]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -83,10 +84,10 @@ def test_bands_are_the_intervals_of_the_models(draw):
     assert (bands[0][:, 1].min(), bands[0][:, 1].max()) == pytest.approx((7 / 1.1, 9 * 1.1))
 
 
-def test_passkeys_are_a_map_a_model(draw):
+def test_what_is_found_is_a_map_a_model(draw):
     made = results(a=(9, 8, 7), b=(9, 10, 11), b__rope_yarn=(8, 8, 8))
     found = {("a", "full"): (10, 5, 0), ("b", "full"): (3, None, None), ("b", "rope_yarn"): (0, 0, 0)}
-    figure = draw(passkey_map, with_keys(made, found, lengths=LENGTHS))
+    figure = draw(partial(probe_map, task="passkey"), with_keys(made, found, lengths=LENGTHS))
     panels = {panel.get_title(): panel for panel in figure.axes if panel.get_title()}
     assert list(panels) == ["a", "b", "b, label of rope_yarn"]
     shown = panels["a"].images[0].get_array()

@@ -8,7 +8,7 @@ import pytest
 from helpers.made_up import made_up_results, with_keys
 from hf_alibi.reporting.curves import format_value
 from hf_alibi.reporting.findings import price
-from hf_alibi.reporting.report import passkey_rows, write_report
+from hf_alibi.reporting.report import probe_rows, write_report
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 LENGTHS = [128, 512, 2048]
@@ -51,8 +51,9 @@ def written(tmp_path):
     """The text of the report of these results."""
 
     def write(results):
-        for name in ("perplexity.png", "position_loss.png", *(["passkey.png"] if "passkey" in results else [])):
-            (tmp_path / name).write_bytes(b"PNG")
+        tasks = results["probes"]["tasks"] if "probes" in results else []
+        for name in ("perplexity", "position_loss", *tasks):
+            (tmp_path / f"{name}.png").write_bytes(b"PNG")
         paths = write_report(results, tmp_path)
         assert [path.name for path in paths] == ["report.md", "report.html"]
         return paths[0].read_text(encoding="utf-8")
@@ -89,7 +90,7 @@ def test_tables_come_first_and_findings_are_at_most_five_sentences(written):
     assert headings[:4] == [
         "## Sliding window, stride an eighth of the length",
         "## Non-overlapping windows",
-        "## Passkey probe",
+        "## Probes",
         "## Findings",
     ]
     assert len(findings(text)) == 5
@@ -110,7 +111,7 @@ class TestTraining:
         assert first.endswith(": too little for **alibi** to be judged by, so nothing is concluded here.")
         assert f"trained for {steps:,} steps on {tokens:,} tokens" in first
         assert len(others) == 1
-        assert "passkey" in others[0]
+        assert "no probe was run" in others[0]
         line = price(results, "alibi", "original", "sliding")
         assert line.endswith("(29.00 against 30.00): too little training to judge by.")
 
@@ -219,24 +220,42 @@ def test_an_unconverted_model_has_no_training_length(written):
     assert "converting" not in text
 
 
-class TestPasskeys:
+class TestProbes:
     def test_not_run(self, text):
-        assert "is not known: the passkey probe was not run (`passkey_cases`)" in says(text, "far back")
+        assert "is not known: no probe was run (`probe_cases`)" in says(text, "far back")
         assert "whether distant facts are found is not known" in text
         assert "passkey.png" not in text
 
     def test_keys_found_have_a_table_and_a_picture(self, written):
         results = results_with_keys((10, 1))
-        assert [name for name, _ in passkey_rows(results)] == ["alibi", "original"]
+        assert [name for name, _ in probe_rows(results, "passkey")] == ["alibi", "original"]
         text = written(results)
+        assert "| passkeys found | 128 | 2048 |" in text
         assert "| alibi | 100% [84%, 100%] | 10% [3%, 30%] |" in text
         assert "| original | 100% [84%, 100%] | cannot run |" in text
-        assert "![Share of keys found by depth and length, one panel a model](passkey.png)" in text
-        assert "was not run" not in text
+        assert "![Passkeys found by depth and length, one panel a model](passkey.png)" in text
+        assert "No probe was run" not in text
 
     def test_a_probe_that_a_model_cannot_run_was_run(self, written):
         results = with_keys(results_of(), {ALIBI: (None,)}, lengths=[4096])
-        assert says(written(results), "passkey probe") == "**alibi** runs at none of the lengths of the passkey probe."
+        said = "**alibi** was asked for passkeys at none of the lengths: learned position table has 128 rows."
+        assert says(written(results), "none of the lengths") == said
+
+    def test_tasks_have_tables_of_their_own_and_say_who_was_not_asked(self, written):
+        results = results_with_keys((10, 1))
+        others = with_keys(results_of(), {ALIBI: (2, 0)}, lengths=[128, 2048], task="tracking")["probes"]["rows"]
+        reason = "only 4 of 20 right at 128 tokens: the model does not know the task"
+        blank = {"found": None, "low": None, "high": None, "status": "not asked", "reason": reason}
+        others = [{**row, **blank} if row["length"] == 2048 else row for row in others]
+        probes = results["probes"]
+        probes |= {"tasks": ["passkey", "tracking"], "if_known": True, "rows": [*probes["rows"], *others]}
+        text = written(results)
+        assert "| alibi | 100% [84%, 100%] | 10% [3%, 30%] |" in text
+        assert "| chains of variables found | 128 | 2048 |" in text
+        assert "| alibi | 20% [8%, 42%] | not asked |" in text
+        assert f"- alibi was not asked at 2048 tokens: {reason}." in text
+        assert "Of chains of variables **alibi** finds 4 of 20 [8%, 42%] at 128 tokens: it does not know" in text
+        assert "(tracking.png)" in text
 
 
 def test_a_model_that_cannot_run_is_in_the_tables(text):

@@ -178,14 +178,14 @@ def test_document_numbers_follow_the_end_of_sequence_tokens(tokenizer):
 
 
 def test_passkeys_fill_blocks_and_are_held_out_in_blocks(tokenizer):
-    args = DataArguments(dataset_name="passkey", passkey_block_size=256, passkey_blocks=10, validation_fraction=0.25)
+    args = DataArguments(dataset_name="probes", probe_block_size=256, probe_blocks=10, validation_fraction=0.25)
     train, held_out = read(load_tokens(args, tokenizer))
     assert (len(train), len(held_out)) == (8 * 256, 2 * 256)
     for block in torch.cat([train, held_out]).view(-1, 256):
         assert block[-1] == EOS
         assert "pass key" in tokenizer.decode(block.tolist())
     assert torch.equal(read(load_tokens(args, tokenizer))[0], train)
-    args.passkey_seed = 1
+    args.probe_seed = 1
     assert not torch.equal(read(load_tokens(args, tokenizer))[0], train)
 
 
@@ -194,11 +194,18 @@ def test_passkeys_fill_blocks_and_are_held_out_in_blocks(tokenizer):
     [
         ({"dataset_name": "python-docs", "validation_fraction": -0.1}, "at least 0 and below 1"),
         ({"dataset_name": "python-docs", "validation_fraction": 1.0}, "at least 0 and below 1"),
-        ({"dataset_name": "passkey"}, "give passkey_block_size, the block_size of the training"),
-        ({"dataset_name": "python-docs", "passkey_block_size": 256}, "with dataset_name passkey and only there"),
-        ({"dataset_name": "passkey", "passkey_block_size": 256, "passkey_blocks": 0}, "must be at least 1"),
+        ({"dataset_name": "probes"}, "give probe_block_size, the block_size of the training"),
+        ({"dataset_name": "python-docs", "probe_block_size": 256}, "with dataset_name probes and only there"),
+        ({"dataset_name": "probes", "probe_block_size": 256, "probe_blocks": 0}, "must be at least 1"),
+        ({"dataset_name": "probes", "probe_block_size": 256, "probe_tasks": ["a"]}, "one or more of passkey, multikey"),
+        ({"train_file": ["a"], "train_weights": [1, 2]}, r"train_weights is \[1, 2\] and train_file names 1"),
+        ({"train_file": ["a", "b"], "train_weights": [1, 0]}, "one weight above 0 for each name"),
+        ({"train_file": ["a"], "max_tokens": 0}, "max_tokens is 0; it must be at least 1"),
+        ({"train_file": ["a"], "num_proc": 0}, "num_proc is 0"),
+        ({"train_file": ["a"], "streaming": True, "max_tokens": 9}, "streaming is true; it needs the dataset_name"),
+        ({"dataset_name": "a", "streaming": True}, "and max_tokens, which say how much"),
         (
-            {"dataset_name": "passkey", "passkey_block_size": 256, "validation_file": ["a.txt"]},
+            {"dataset_name": "probes", "probe_block_size": 256, "validation_file": ["a.txt"]},
             "leave validation_file out",
         ),
     ],
@@ -209,7 +216,7 @@ def test_bad_settings(arguments, message):
 
 
 def test_passkeys_are_no_text(tokenizer):
-    args = DataArguments(dataset_name="passkey", passkey_block_size=256)
+    args = DataArguments(dataset_name="probes", probe_block_size=256)
     with refused("made of tokens"):
         load_documents(args)
     args.train_file = ["a.txt"]

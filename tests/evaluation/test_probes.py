@@ -1,5 +1,6 @@
-"""The passkey probe: prompts of exact length, an oracle that finds every key, a blind model that finds none."""
+"""The probes: prompts of exact length, an oracle that finds every key, a blind model that finds none."""
 
+import random
 import re
 from types import SimpleNamespace
 
@@ -11,9 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers.models import stock_model
 from hf_alibi.errors import InputError
-from hf_alibi.evaluation import passkey
-from hf_alibi.evaluation.passkey import evaluate_passkey
-from hf_alibi.evaluation.passkey_prompts import PasskeyProbe, PasskeyText, passkey_training_tokens
+from hf_alibi.evaluation import probes
+from hf_alibi.evaluation.probe_prompts import Probe, ProbeText, probe_training_tokens
+from hf_alibi.evaluation.probe_tasks import TASKS
+from hf_alibi.evaluation.probes import evaluate_probe
 from hf_alibi.training.data import load_tokenizer
 
 QUESTION = "What is the pass key? The pass key is"
@@ -38,25 +40,30 @@ def tokenizer(request):
 
 @pytest.fixture
 def text(tokenizer):
-    return PasskeyText(tokenizer)
+    return ProbeText(tokenizer)
 
 
-PROBE = PasskeyProbe(lengths=[200, 330], depths=[0.0, 0.5, 1.0], cases=4)
+def case_of(text, *, length, depth, key, turn=0.5):
+    """The passkey prompt that hides this key."""
+    return text.case("passkey", TASKS["passkey"].draft(random.Random(0), [key], depth), length=length, turn=turn)
+
+
+PROBE = Probe(lengths=[200, 330], depths=[0.0, 0.5, 1.0], cases=4)
 
 
 def found(model, text, probe=PROBE, **options):
-    return evaluate_passkey(model, text, probe, **options, progress=False)
+    return evaluate_probe(model, text, probe, **options, progress=False)
 
 
 def test_prompts_begin_with_the_beginning_of_sequence_if_told(tokenizer):
-    plain, marked = PasskeyText(tokenizer), PasskeyText(tokenizer, 7)
-    case = marked.case(length=200, depth=0.5, key=12345)
+    plain, marked = ProbeText(tokenizer), ProbeText(tokenizer, 7)
+    case = case_of(marked, length=200, depth=0.5, key=12345)
     assert len(case.tokens) == 200
     assert case.tokens[0] == 7
-    assert torch.equal(case.tokens[1:], plain.case(length=199, depth=0.5, key=12345).tokens)
-    assert marked.first_token().tolist() == [[7]]
-    assert marked.shortest() == plain.shortest() + 1
-    stream = passkey_training_tokens(tokenizer, block_size=330, blocks=3, seed=0, bos_token_id=7)
+    assert torch.equal(case.tokens[1:], case_of(plain, length=199, depth=0.5, key=12345).tokens)
+    assert marked.first_token("passkey").tolist() == [[7]]
+    assert marked.shortest("passkey") == plain.shortest("passkey") + 1
+    stream = probe_training_tokens(tokenizer, block_size=330, blocks=3, seed=0, bos_token_id=7)
     starts = [0, *(i + 1 for i, token in enumerate(stream.tolist()[:-1]) if token == tokenizer.eos_token_id)]
     assert len(starts) >= 3
     assert all(stream[start] == 7 for start in starts)
@@ -100,7 +107,7 @@ def oracle(tokenizer, *, sees=10**6):
 @pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
 def test_prompt_and_answer_have_exactly_the_length(tokenizer, text, length, depth):
     for key in (10_003, 54_321, 99_995):
-        case = text.case(length=length, depth=depth, key=key, turn=0.5)
+        case = case_of(text, length=length, depth=depth, key=key, turn=0.5)
         assert case.tokens.shape == (length,)
         words = tokenizer.decode(case.tokens.tolist())
         assert words.startswith("A pass key is hidden")
@@ -111,7 +118,7 @@ def test_prompt_and_answer_have_exactly_the_length(tokenizer, text, length, dept
 
 def test_the_key_stands_at_its_depth(tokenizer, text):
     for depth in (0.0, 0.25, 0.5, 1.0):
-        words = tokenizer.decode(text.case(length=2000, depth=depth, key=12345).tokens.tolist())
+        words = tokenizer.decode(case_of(text, length=2000, depth=depth, key=12345).tokens.tolist())
         pattern = r"(?s)A pass.*?Remember it\.(.*)\nThe pass key is 12345. Remember it\.(.*)\nWhat"
         before, after = (len(tokenizer.encode(part)) for part in re.match(pattern, words).groups())
         assert before / (before + after) == pytest.approx(depth, abs=0.01)
@@ -146,7 +153,7 @@ def test_half_a_key_does_not_count(tokenizer, text):
 def test_only_the_logits_of_the_answer_are_computed():
     tokenizer = load_tokenizer("bytes")
     model = oracle(tokenizer)
-    found(model, PasskeyText(tokenizer))
+    found(model, ProbeText(tokenizer))
     assert max(model.computed[1:]) == 6  # a space and five digits
 
 
@@ -155,22 +162,22 @@ def test_equals_greedy_generation():
     model = stock_model("llama", vocab_size=259, max_position_embeddings=512)
     prompt = torch.randint(3, 259, (1, 40))
     full = model.generate(prompt, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)[0]
-    right = passkey.PasskeyCase(full, 5)
-    wrong = passkey.PasskeyCase(torch.cat([full[:-1], (full[-1:] + 1) % 259]), 5)
-    short = passkey.PasskeyCase(full, 3)
+    right = probes.ProbeCase(full, 5)
+    wrong = probes.ProbeCase(torch.cat([full[:-1], (full[-1:] + 1) % 259]), 5)
+    short = probes.ProbeCase(full, 3)
     with torch.no_grad():
-        assert list(passkey._answers(model, [right, wrong, short])) == [True, False, True]
+        assert list(probes._answers(model, [right, wrong, short])) == [True, False, True]
 
 
 def test_cases_are_the_same_for_all_models_and_at_every_call(tokenizer):
     asked = []
     for _ in range(2):
-        found(Reader(lambda ids: asked.append(tuple(ids)) or 3), PasskeyText(tokenizer))
+        found(Reader(lambda ids: asked.append(tuple(ids)) or 3), ProbeText(tokenizer))
     half = len(asked) // 2
     assert asked[:half] == asked[half:]
-    cell = PROBE.cell(PasskeyText(tokenizer), 330, 0.5)
+    cell = PROBE.cell(ProbeText(tokenizer), "passkey", 330, 0.5)
     assert len({tuple(case.tokens.tolist()) for case in cell}) == 4
-    other = PasskeyProbe(lengths=[330], depths=[0.5], cases=4, seed=1).cell(PasskeyText(tokenizer), 330, 0.5)
+    other = Probe(lengths=[330], depths=[0.5], cases=4, seed=1).cell(ProbeText(tokenizer), "passkey", 330, 0.5)
     assert not any(torch.equal(a.tokens, b.tokens) for a, b in zip(cell, other, strict=True))
 
 
@@ -192,11 +199,11 @@ def test_lengths_beyond_the_table_have_rows_that_say_so(tokenizer, text):
 
 def test_too_short_prompts_are_refused_with_the_least_length(text):
     with pytest.raises(InputError, match=r"of 20 tokens was asked for.*give lengths of at least \d+") as error:
-        text.case(length=20, depth=0.5, key=12345)
+        case_of(text, length=20, depth=0.5, key=12345)
     least = int(str(error.value).split()[-1])
-    assert text.case(length=least, depth=0.5, key=12345).tokens.shape == (least,)
+    assert case_of(text, length=least, depth=0.5, key=12345).tokens.shape == (least,)
     with pytest.raises(InputError):
-        text.case(length=least - 1, depth=0.5, key=12345)
+        case_of(text, length=least - 1, depth=0.5, key=12345)
 
 
 def keys_of(tokenizer, tokens):
@@ -204,7 +211,7 @@ def keys_of(tokenizer, tokens):
 
 
 def test_training_blocks_hold_whole_cases_of_all_lengths(tokenizer):
-    tokens = passkey_training_tokens(tokenizer, block_size=640, blocks=60, seed=0)
+    tokens = probe_training_tokens(tokenizer, block_size=640, blocks=60, seed=0)
     lengths = []
     for block in tokens.view(60, 640):
         assert block[-1] == tokenizer.eos_token_id
@@ -221,9 +228,11 @@ def test_training_blocks_hold_whole_cases_of_all_lengths(tokenizer):
 
 
 def test_keys_of_training_are_never_asked_for_in_evaluation(tokenizer):
-    trained = keys_of(tokenizer, passkey_training_tokens(tokenizer, block_size=400, blocks=200, seed=0))
-    probe = PasskeyProbe(lengths=[200], depths=[0.0], cases=100)
-    asked = set().union(*(keys_of(tokenizer, case.tokens) for case in probe.cell(PasskeyText(tokenizer), 200, 0.0)))
+    trained = keys_of(tokenizer, probe_training_tokens(tokenizer, block_size=400, blocks=200, seed=0))
+    probe = Probe(lengths=[200], depths=[0.0], cases=100)
+    asked = set().union(
+        *(keys_of(tokenizer, case.tokens) for case in probe.cell(ProbeText(tokenizer), "passkey", 200, 0.0))
+    )
     assert len(trained) > 150
     assert len(asked) > 90
     assert not trained & asked
@@ -232,16 +241,16 @@ def test_keys_of_training_are_never_asked_for_in_evaluation(tokenizer):
 
 
 def test_blocks_that_are_too_short_are_refused(tokenizer):
-    with pytest.raises(InputError, match=r"passkey_block_size is 30.*give at least (\d+)") as error:
-        passkey_training_tokens(tokenizer, block_size=30, blocks=1, seed=0)
+    with pytest.raises(InputError, match=r"probe_block_size is 30.*give at least (\d+)") as error:
+        probe_training_tokens(tokenizer, block_size=30, blocks=1, seed=0)
     least = int(str(error.value).split()[-1])
-    assert passkey_training_tokens(tokenizer, block_size=least, blocks=20, seed=0).shape == (20 * least,)
+    assert probe_training_tokens(tokenizer, block_size=least, blocks=20, seed=0).shape == (20 * least,)
 
 
 def test_numbers_that_look_alike_are_refused():
     words = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1}, unk_token="<unk>"))
     with pytest.raises(InputError, match="all numbers the same tokens"):
-        PasskeyText(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>"))
+        ProbeText(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>"))
 
 
 def test_rotations_that_remember_a_longer_text_are_reset():
@@ -249,6 +258,108 @@ def test_rotations_that_remember_a_longer_text_are_reset():
     model = stock_model("llama", vocab_size=259, max_position_embeddings=150, rope_parameters=rope)
     with torch.no_grad():
         model(torch.randint(3, 259, (1, 600)))
-    text = PasskeyText(load_tokenizer("bytes"))
-    found(model, text, PasskeyProbe(lengths=[200], depths=[0.0], cases=1))
+    text = ProbeText(load_tokenizer("bytes"))
+    found(model, text, Probe(lengths=[200], depths=[0.0], cases=1))
     assert model.model.rotary_emb.max_seq_len_cached == 199
+
+
+def answer_to(words):
+    """What a reader answers to a prompt: an oracle that knows nothing of how the prompts are made."""
+    if asked := re.search(r"\nWhat is the pass key of (\w+)\? The pass key of \1 is", words):
+        return re.findall(rf"\nThe pass key of {asked[1]} is( \d{{5}})\. Remember it\.", words)[0]
+    value = re.search(r"\nWhich variables have the value (\d{5})\? The variables", words)[1]
+    assigned = dict(re.findall(r"\nVAR (\w+) = (?:VAR )?(\w+)\.", words))
+    name, found = value, []
+    while (name := next((to for to, source in assigned.items() if source == name), None)) is not None:
+        found.append(f" {name}")
+    return "".join(found)
+
+
+@pytest.mark.parametrize("task", ["multikey", "tracking"])
+def test_a_reader_answers_every_case(task, tokenizer, text):
+    for depth in (0.0, 0.5, 1.0):
+        for case in Probe(lengths=[700], depths=[depth], cases=30).cell(text, task, 700, depth):
+            words = tokenizer.decode(case.tokens[: -case.answer].tolist())
+            assert case.tokens.shape == (700,)
+            assert words.startswith(TASKS[task].opening)
+            assert answer_to(words) == tokenizer.decode(case.tokens[-case.answer :].tolist())
+
+
+def test_one_of_several_keys_is_asked_for(tokenizer, text):
+    places = []
+    for case in Probe(lengths=[900], depths=[0.5], cases=30).cell(text, "multikey", 900, 0.5):
+        words = tokenizer.decode(case.tokens.tolist())
+        hidden = dict(re.findall(r"\nThe pass key of (\w+) is (\d{5})\.", words))
+        assert len(hidden) == len(set(hidden.values())) == 4
+        asked = re.search(r"What is the pass key of (\w+)\?", words)[1]
+        assert words.endswith(f" {hidden[asked]}")
+        places.append(words.index(f"of {asked} is") / len(words))
+        assert len({words.index(f"of {name} is") for name in hidden}) == 4
+    assert 0.35 < sum(places) / 30 < 0.65
+
+
+def test_a_value_is_followed_over_several_variables_beside_another_chain(tokenizer, text):
+    for case in Probe(lengths=[900], depths=[0.25], cases=20).cell(text, "tracking", 900, 0.25):
+        words = tokenizer.decode(case.tokens.tolist())
+        assigned = re.findall(r"\nVAR (\w+) = (VAR )?(\w+)\.", words)
+        assert len({name for name, _, _ in assigned}) == 10
+        assert sum(not source for _, source, _ in assigned) == 2
+        for name, source, of in assigned:  # nothing is used before it has a value
+            assert not source or words.index(f"\nVAR {of} =") < words.index(f"\nVAR {name} =")
+        answer = tokenizer.decode(case.tokens[-case.answer :].tolist()).split()
+        assert len(answer) == 5
+        assert words.index(f"\nVAR {answer[0]} =") == min(words.index(f"\nVAR {name} =") for name in answer)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_case_fits_into_the_shortest_length(task, tokenizer, text):
+    shortest = text.shortest(task)
+    for seed in range(5):
+        assert len(Probe(lengths=[shortest], depths=[0.5], cases=40, seed=seed).cell(text, task, shortest, 0.5)) == 40
+    assert len(text._filler) > 0
+    with pytest.raises(InputError, match=f"a {task} prompt of {shortest // 2} tokens was asked for"):
+        Probe(lengths=[shortest // 2], depths=[0.5], cases=1).cell(text, task, shortest // 2, 0.5)
+
+
+def test_rows_of_each_task(tokenizer, text):
+    probe = Probe(lengths=[700], depths=[0.0, 1.0], cases=3, tasks=["passkey", "tracking"])
+    rows = found(oracle(tokenizer), text, probe)
+    assert [(row.task, row.depth) for row in rows] == [(t, d) for t in probe.tasks for d in (0.0, 1.0, None)]
+    assert [row.found for row in rows] == [3, 3, 6, 0, 0, 0]
+
+
+def test_a_model_is_asked_no_longer_prompts_of_a_task_that_it_does_not_know(tokenizer, text):
+    probe = Probe(lengths=[700, 1000], depths=[0.0, 1.0], cases=3, tasks=["passkey", "multikey"], if_known=True)
+    rows = {(row.task, row.length): row for row in found(oracle(tokenizer), text, probe) if row.depth is None}
+    assert rows["passkey", 700].found == rows["passkey", 1000].found == 6
+    assert rows["multikey", 700].found == 0
+    last = rows["multikey", 1000]
+    assert (last.found, last.low, last.status) == (None, None, "not asked")
+    assert last.reason == "only 0 of 6 right at 700 tokens: the model does not know the task"
+
+
+def test_half_of_the_cases_are_enough_to_know_a_task(tokenizer, text):
+    probe = Probe(lengths=[200, 330], depths=[0.0, 1.0], cases=4, if_known=True)
+    half = found(oracle(tokenizer, sees=120), text, probe)
+    assert [row.found for row in half if row.depth is None] == [4, 4]
+
+
+def test_lengths_that_a_task_does_not_fit_in_are_left_out_if_only_known_tasks_are_asked(tokenizer, text):
+    probe = Probe(lengths=[100, 700], depths=[0.0], cases=2, tasks=["multikey"], if_known=True)
+    probe.check(text)
+    rows = found(Reader(lambda ids: 3), text, probe)
+    assert [row.status for row in rows] == ["not asked", "not asked", "ok", "ok"]
+    assert rows[0].reason == f"a prompt of this task has up to {text.shortest('multikey')} tokens"
+    with pytest.raises(InputError, match=r"probe_lengths has 100, and a multikey prompt"):
+        Probe(lengths=[100, 700], depths=[0.0], cases=2, tasks=["multikey"]).check(text)
+
+
+def test_training_on_several_tasks_takes_them_in_turn(tokenizer):
+    tokens = probe_training_tokens(tokenizer, block_size=900, blocks=30, seed=0, tasks=list(TASKS))
+    words = tokenizer.decode(tokens.tolist())
+    counts = [words.count(task.opening) for task in TASKS.values()]
+    assert max(counts) - min(counts) <= 1
+    assert min(counts) >= 10
+    trained = {int(key) for key in re.findall(r"\d{5}", words)}
+    assert trained
+    assert {key % 7 == 0 for key in trained} == {False}
