@@ -97,7 +97,7 @@ def train(
     check_vocabulary(model, tokens)
     teacher = load_teacher(args, model)
     continued = _was_converted(args)
-    conversion = _convert(model, args, recipe, train_blocks, training)
+    conversion = _convert(model, args, recipe, train_blocks, training, console)
     check_length(model, args)
 
     config = resolve_settings((args, recipe, data, training))
@@ -170,6 +170,7 @@ def _convert(
     recipe: ConversionArguments,
     blocks: TokenBlocks,
     training: TrainingArguments,
+    console: Console,
 ) -> dict[str, Any]:
     """Give a loaded model the attention asked for, verified; what was done to it, for the metrics.
 
@@ -193,6 +194,8 @@ def _convert(
             )
     except ValueError as error:
         raise InputError(f"cannot convert the model to ALiBi: {one_line(error)}") from error
+    for reason in done.get("choices", {}).get("reasons", ()):
+        console.print(reason)
     model.config.alibi_train_length = args.block_size
     verify_alibi(model)
     return done

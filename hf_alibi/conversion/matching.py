@@ -20,15 +20,21 @@ from ..model.anatomy import is_alibi, text_decoder
 from ..slopes import alibi_slopes
 from ..utils import evaluation_mode
 from .heads import head_counts, head_parameters, permute_heads
+from .measures import HeadMeasures, measure_heads
 
-__all__ = ["head_reaches", "match_heads", "matching_order"]
+__all__ = ["match_heads", "matching_order"]
 
 # By how much the logarithm of a slope of 0 counts as less than that of the flattest other one.
 _FLATTER = math.log(16)
 
 
 def match_heads(
-    model: PreTrainedModel, input_ids: Tensor, *, global_heads: int = 0, global_every: int = 1
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    *,
+    global_heads: int = 0,
+    global_every: int = 1,
+    measures: HeadMeasures | None = None,
 ) -> list[list[int]]:
     """Reorder the heads of each self-attention layer of an unconverted `model` by their reach, in place.
 
@@ -37,6 +43,7 @@ def match_heads(
         input_ids: (batch, tokens) of text that the model was made for, a few thousand tokens in all.
         global_heads: how many heads of a layer will have no bias, as in `apply_alibi`: those that look farthest.
         global_every: which layers have them, as in `apply_alibi`.
+        measures: what `measure_heads` gave for the model; measured by default.
 
     Returns the order of each layer: place i has what was head `order[i]`.
 
@@ -50,11 +57,12 @@ def match_heads(
     layers = [layer for _, layer in text_decoder(model).self_attentions]
     for layer in layers:
         head_parameters(layer)
+    measures = measures or measure_heads(model, input_ids)
     text = text_config(model.config)
     slopes = GlobalHeads(global_heads, global_every).slopes(num_heads(text), num_key_heads(text), len(layers))
     orders = [
         matching_order(reaches.tolist(), head_counts(layer)[1], slopes_of_layer(slopes, number))
-        for number, (layer, reaches) in enumerate(zip(layers, head_reaches(model, input_ids), strict=True))
+        for number, (layer, reaches) in enumerate(zip(layers, measures.reaches, strict=True))
     ]
     sample = input_ids[:1, :64]
     before = _logits(model, sample)
@@ -66,32 +74,6 @@ def match_heads(
             permute_heads(layer, [order.index(head) for head in range(len(order))])
         raise RuntimeError(f"{type(model).__name__} is another function with its heads reordered: {difference:.2e} off")
     return orders
-
-
-def head_reaches(model: PreTrainedModel, input_ids: Tensor) -> list[Tensor]:
-    """How far each head of each self-attention layer looks back, (heads,) a layer: tokens, as a geometric mean.
-
-    It is the mean of log(1 + distance) over the weights that a head gives to tokens but the first, where many heads
-    rest whatever they look for (attention sinks; Xiao et al. 2023, arXiv 2309.17453).
-    """
-    tokens = input_ids.shape[1]
-    distance = (torch.arange(tokens)[:, None] - torch.arange(tokens)).clamp(min=0).to(input_ids.device)
-    logarithm = distance.float().log1p()
-    sums: list[Tensor] = []
-    name = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        with evaluation_mode(model), torch.no_grad():
-            for row in input_ids:
-                attentions = model(row[None], output_attentions=True, use_cache=False).attentions
-                weights = [layer[0, :, 1:, 1:].float() for layer in attentions]
-                moments = [
-                    torch.stack([(w * logarithm[1:, 1:]).sum(dim=(1, 2)), w.sum(dim=(1, 2))]).double() for w in weights
-                ]
-                sums = [a + b for a, b in zip(sums, moments, strict=True)] if sums else moments
-    finally:
-        model.set_attn_implementation(name)
-    return [(total / weight.clamp(min=1e-9)).expm1() for total, weight in sums]
 
 
 def matching_order(reaches: Sequence[float], key_heads: int, slopes: Sequence[float] | None = None) -> list[int]:

@@ -1,4 +1,4 @@
-"""The recipe of a conversion: match heads, put ALiBi in, distil each layer. Training comes after it."""
+"""The recipe of a conversion: measure and match heads, put ALiBi in, distil each layer. Training comes after it."""
 
 import copy
 from typing import Any
@@ -11,8 +11,10 @@ from ..global_heads import GlobalHeads
 from ..model.anatomy import text_decoder
 from ..model.patching import apply_alibi, checked_config
 from ..utils import Blocks, input_device
+from .choices import choose
 from .distillation import FitSettings, check_distillation, distill_layers
 from .matching import match_heads
+from .measures import measure_heads
 from .settings import ConversionArguments
 
 __all__ = ["convert_model"]
@@ -41,10 +43,10 @@ def convert_model(
     this; most reasons are found before anything is changed.
     """
     heads, every = recipe.global_heads, recipe.global_every
-    checked_config(model, sink_tokens=recipe.sink_tokens, global_heads=GlobalHeads(heads, every))
+    checked_config(model, sink_tokens=recipe.sink_tokens or 0, global_heads=GlobalHeads(heads, every))
     # The unconverted model reads this text, so no more of a block than it has positions for.
     limit = text_decoder(model).limit
-    matched, distilled = (
+    measured, distilled = (
         _FirstBlocks(blocks, getattr(recipe, name), name, limit) for name in ("match_tokens", "distill_tokens")
     )
     batch_size = recipe.distill_batch_size
@@ -53,10 +55,15 @@ def convert_model(
     if recipe.distill_tokens:
         check_distillation(model, distilled, batch_size=batch_size)
         teacher = copy.deepcopy(model)
+    measures = None
     if recipe.match_tokens:
-        text = torch.stack([matched[index] for index in range(len(matched))]).to(input_device(model))
-        done["head_order"] = match_heads(model, text, global_heads=heads, global_every=every)
-    apply_alibi(model, sink_tokens=recipe.sink_tokens, global_heads=heads, global_every=every)
+        text = torch.stack([measured[index] for index in range(len(measured))]).to(input_device(model))
+        measures = measure_heads(model, text)
+    choices = choose(model, recipe, measures)
+    done["choices"] = choices._asdict()
+    if choices.match_heads:
+        done["head_order"] = match_heads(model, text, global_heads=heads, global_every=every, measures=measures)
+    apply_alibi(model, sink_tokens=choices.sink_tokens, global_heads=heads, global_every=every)
     if teacher is not None:
         settings = FitSettings(recipe.distill_epochs, recipe.distill_learning_rate, batch_size, bf16, seed)
         fits = distill_layers(model, teacher, distilled, settings, progress=progress)

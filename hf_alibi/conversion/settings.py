@@ -15,10 +15,22 @@ class ConversionArguments:
 
     match_tokens: int = field(
         default=0,
-        metadata={"help": "Training tokens on which the reach of each head is measured, to give it a slope that fits."},
+        metadata={
+            "help": "Training tokens on which heads are measured, to match them to slopes and to choose sink_tokens."
+        },
     )
-    sink_tokens: int = field(
-        default=0, metadata={"help": "First tokens of each sequence that carry no bias; heads rest on them."}
+    match_heads: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Give heads the slopes that suit how far they look. Default: if match_tokens show that they differ."
+        },
+    )
+    sink_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "First tokens of each sequence that carry no bias. Default: 1 if match_tokens show that heads rest "
+            "on the first token, else 0."
+        },
     )
     global_heads: int = field(
         default=0,
@@ -37,14 +49,15 @@ class ConversionArguments:
 
     def __post_init__(self) -> None:
         for name in _STEPS:
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0, which leaves it out")
         for name in ("global_every", "distill_epochs", "distill_learning_rate", "distill_batch_size"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be above 0")
 
+        if self.match_heads and not self.match_tokens:
+            raise InputError("match_heads is true and match_tokens 0; give the number of tokens to measure heads on")
+
     def steps(self) -> list[str]:
         """Fields that ask for more than ALiBi alone."""
-        return [
-            name for name in ("match_tokens", "sink_tokens", "global_heads", "distill_tokens") if getattr(self, name)
-        ]
+        return [name for name in _STEPS if getattr(self, name)]

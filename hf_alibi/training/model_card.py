@@ -46,7 +46,7 @@ def model_card(metrics: dict[str, Any], *, price: str | None = None) -> str:
         "",
         f"- Started from: {base or 'random weights'}",
         f"- Attention: {_ATTENTION[config['attention']]}",
-        *_recipe(config),
+        *_recipe(config, metrics["conversion"].get("choices", {})),
         f"- Training data: {_data_name(config)}",
         f"- Training length: {config['block_size']} tokens; "
         f"{metrics['steps']:,} steps, {metrics['tokens_seen']:,} tokens",
@@ -81,13 +81,14 @@ def _what_training_adds(config: dict[str, Any]) -> str:
     return f" ({parts[0]})" if parts else ""
 
 
-def _recipe(config: dict[str, Any]) -> list[str]:
+def _recipe(config: dict[str, Any], choices: dict[str, Any]) -> list[str]:
     """What was done before training, beside putting ALiBi in; no line if nothing was."""
     parts = []
-    if config["match_tokens"]:
+    choices = {**{name: config[name] for name in ("match_heads", "sink_tokens")}, **choices}
+    if choices["match_heads"]:
         parts.append(f"heads matched to slopes on {config['match_tokens']:,} tokens")
-    if config["sink_tokens"]:
-        parts.append(f"sink tokens without bias: {config['sink_tokens']}")
+    if choices["sink_tokens"]:
+        parts.append(f"sink tokens without bias: {choices['sink_tokens']}")
     if config["global_heads"]:
         layers = "all layers" if config["global_every"] == 1 else f"one layer in {config['global_every']}"
         parts.append(f"global heads without bias: {config['global_heads']} in {layers}")

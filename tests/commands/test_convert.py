@@ -38,7 +38,13 @@ SETTINGS = {
     "disable_tqdm": True,
     "output_dir": "run",
 }
-RECIPE = {"match_tokens": 4 * BLOCK, "sink_tokens": 1, "distill_tokens": 32 * BLOCK, "distill_epochs": 1}
+RECIPE = {
+    "match_tokens": 4 * BLOCK,
+    "match_heads": True,
+    "sink_tokens": 1,
+    "distill_tokens": 32 * BLOCK,
+    "distill_epochs": 1,
+}
 COMPARISON = {"lengths": [32, 64], "scored_tokens": 128, "stride": 4}
 ROWS = {"control": {"attention": "original"}, "none": {}, "sink": {"sink_tokens": 1}}
 
@@ -117,7 +123,9 @@ def test_without_a_control_the_untouched_model_is_compared():
 def test_the_recipe_is_seen_in_the_weights():
     """Each part changes where training starts, and no part changes the other settings."""
     losses = {}
-    for name, parts in {"none": {}, **{part: {part: value} for part, value in RECIPE.items()}}.items():
+    rows = {part: {part: value} for part, value in RECIPE.items()}
+    rows["match_heads"] |= {"match_tokens": rows.pop("match_tokens")["match_tokens"]}
+    for name, parts in {"none": {}, **rows}.items():
         metrics = finetune(write(**parts, output_dir=f"run-{name}", learning_rate=0.0))
         losses[name] = metrics["eval_loss"]
     assert len({round(loss, 6) for name, loss in losses.items() if name != "distill_epochs"}) == 4

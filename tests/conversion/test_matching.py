@@ -9,7 +9,8 @@ import hf_alibi
 from helpers.models import stock_model, tokens
 from helpers.tiny_models import FIRST_TOKEN, VOCABULARY, stock_tiny
 from hf_alibi.conversion.heads import head_counts, permute_heads
-from hf_alibi.conversion.matching import head_reaches, match_heads, matching_order
+from hf_alibi.conversion.matching import match_heads, matching_order
+from hf_alibi.conversion.measures import measure_heads
 from hf_alibi.model.anatomy import text_decoder
 
 # GPT-2, grouped heads, all heads with keys of their own, norms of queries and keys (of one head, and of all together),
@@ -66,10 +67,10 @@ def test_matching_leaves_the_logits_and_helps(model):
     """Orders are those of the reaches, measured before and after."""
     input_ids = text(4, 30)
     before = logits(model, input_ids)
-    reaches = head_reaches(model, input_ids)
+    reaches = measure_heads(model, input_ids).reaches
     orders = match_heads(model, input_ids)
     assert (logits(model, input_ids) - before).abs().max() < 1e-5 * before.abs().max()
-    for old, new, order in zip(reaches, head_reaches(model, input_ids), orders, strict=True):
+    for old, new, order in zip(reaches, measure_heads(model, input_ids).reaches, orders, strict=True):
         assert torch.allclose(new, old[order], rtol=1e-4)
     # Nothing is left to do.
     assert all(order == list(range(len(order))) for order in match_heads(model, input_ids))
@@ -86,7 +87,7 @@ def test_the_reach_is_the_mean_distance_without_the_first_token():
         if key <= query:
             total = total + weights[:, query, key] * torch.tensor(1.0 + query - key).log()
             mass = mass + weights[:, query, key]
-    assert torch.allclose(head_reaches(model, input_ids)[0], (total / mass).exp() - 1, rtol=1e-5)
+    assert torch.allclose(measure_heads(model, input_ids).reaches[0], (total / mass).exp() - 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from helpers.models import stock_model, tokens
 from hf_alibi.attention.cache import AlibiCache
 from hf_alibi.conversion import matching
 from hf_alibi.conversion.matching import matching_order
+from hf_alibi.conversion.measures import HeadMeasures
 from hf_alibi.global_heads import GlobalHeads
 from hf_alibi.model.anatomy import has_no_positions
 
@@ -130,7 +131,7 @@ def test_match_heads_gives_each_layer_the_order_of_its_own_slopes(monkeypatch):
     model = stock_model("llama", 6, num_key_value_heads=3)
     # Head 2 looks farthest, and the paper's slopes alone would put it at another place than the global one, 3.
     reaches = torch.tensor([15.0, 24.0, 51.0, 11.0, 22.0, 28.0])
-    monkeypatch.setattr(matching, "head_reaches", lambda model, input_ids: [reaches, reaches])
+    monkeypatch.setattr(matching, "measure_heads", lambda model, input_ids: HeadMeasures([reaches, reaches], 0.0))
     first, second = hf_alibi.match_heads(model, tokens(1, 30), global_heads=1, global_every=2)
     assert first == matching_order(reaches.tolist(), 3)
     assert first.index(2) != 3
