@@ -75,7 +75,9 @@ def _what_training_adds(config: dict[str, Any]) -> str:
     """What the training loss is besides the loss of the text; the held-out loss has none of it."""
     parts = []
     if config["teacher_name_or_path"]:
-        parts.append("the distance to what a teacher predicts")
+        share = config["teacher_share"]
+        mixed = "" if share == 1 else f", {share:g} of it, and the loss of the text"
+        parts.append(f"the distance to what a teacher predicts{mixed}")
     elif config["label_smoothing_factor"]:
         parts.append(f"label smoothing of {config['label_smoothing_factor']:g} included")
     return f" ({parts[0]})" if parts else ""

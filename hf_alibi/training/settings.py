@@ -67,9 +67,13 @@ class FinetuneArguments:
     teacher_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Checkpoint of the same vocabulary whose predictions are learned, not the text's tokens. For a "
+            "help": "Checkpoint of the same vocabulary whose predictions are learned; see teacher_share. For a "
             "conversion: the model that is converted, once it was fine-tuned on the text."
         },
+    )
+    teacher_share: float = field(
+        default=1.0,
+        metadata={"help": "Share of the teacher's predictions in the loss, up to 1; the rest is the text's tokens."},
     )
     attn_implementation: str | None = field(
         default=None,
@@ -90,6 +94,10 @@ class FinetuneArguments:
             raise InputError(f"block_size is {self.block_size}; it must be at least 2, one token to predict the next")
         if self.budget_tokens is not None and self.budget_tokens < self.block_size:
             raise InputError(f"budget_tokens is {self.budget_tokens}, less than one block of {self.block_size} tokens")
+        if not 0 < self.teacher_share <= 1:
+            raise InputError(f"teacher_share is {self.teacher_share}; it must be above 0 and at most 1")
+        if self.teacher_share < 1 and self.teacher_name_or_path is None:
+            raise InputError(f"teacher_share is {self.teacher_share} without a teacher; give teacher_name_or_path")
         for name in ("mlp_rate_scale", "embedding_rate_scale"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0, which freezes these weights")

@@ -1,7 +1,7 @@
 """The model that a training starts from, and its teacher: loaded or built, and checked before work begins."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -14,7 +14,7 @@ from ..model.loading import check_source, load_complete
 from .data import TokenSplit
 from .settings import FinetuneArguments
 
-__all__ = ["check_length", "check_sources", "check_vocabulary", "load_model", "load_teacher"]
+__all__ = ["Teacher", "check_length", "check_sources", "check_vocabulary", "load_model", "load_teacher"]
 
 
 def check_sources(args: FinetuneArguments) -> None:
@@ -56,7 +56,14 @@ def load_model(
     return model
 
 
-def load_teacher(args: FinetuneArguments, model: PreTrainedModel) -> PreTrainedModel | None:
+class Teacher(NamedTuple):
+    """A model whose predictions another one learns, with what share of the loss; the rest is that of the text."""
+
+    model: PreTrainedModel
+    share: float
+
+
+def load_teacher(args: FinetuneArguments, model: PreTrainedModel) -> Teacher | None:
     """Load the model whose predictions `model` learns; raises InputError if it has other tokens or is too short."""
     source = args.teacher_name_or_path
     if source is None:
@@ -74,7 +81,7 @@ def load_teacher(args: FinetuneArguments, model: PreTrainedModel) -> PreTrainedM
             f"block_size {args.block_size} is beyond the {limit} learned positions of the teacher {source!r}; "
             f"set block_size to at most {limit}, or give another teacher"
         )
-    return teacher
+    return Teacher(teacher, args.teacher_share)
 
 
 def check_vocabulary(model: PreTrainedModel, tokens: TokenSplit) -> None:

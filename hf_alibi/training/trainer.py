@@ -22,6 +22,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from ..errors import InputError, one_line
 from ..model.anatomy import is_alibi, text_decoder
+from .starting_model import Teacher
 from .token_blocks import TokenBlocks
 
 __all__ = ["RateScales", "check_reporters", "check_weights", "divergence", "make_trainer", "next_token_loss"]
@@ -45,12 +46,12 @@ def make_trainer(
     train_blocks: TokenBlocks,
     eval_blocks: TokenBlocks | None,
     rate_scales: RateScales,
-    teacher: PreTrainedModel | None = None,
+    teacher: Teacher | None = None,
 ) -> Trainer:
     """Trainer over blocks that stops at the first loss or weight that is not finite.
 
     Weights whose rate scale is 0 are frozen. With a `teacher` (in evaluation mode) the model learns its predictions
-    instead of the text's next tokens (`divergence`); held-out losses stay those of the text.
+    (`divergence`) instead of the text's next tokens, or both; held-out losses stay those of the text.
     """
     for parameter, scale in _scale_by_weight(model, rate_scales).items():
         if scale == 0:
@@ -115,12 +116,12 @@ class AlibiTrainer(Trainer):
     It stops at the first loss that is not finite, before the weights take the step.
     """
 
-    def __init__(self, rate_scales: RateScales, teacher: PreTrainedModel | None, **kwargs: Any) -> None:
+    def __init__(self, rate_scales: RateScales, teacher: Teacher | None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._rate_scales = rate_scales
         self._teacher = teacher
         if teacher is not None:
-            teacher.to(self.args.device)
+            teacher.model.to(self.args.device)
             self.loss_is_scaled_for_ga = False  # `divergence` is a mean over one batch
 
     def compute_loss(
@@ -133,9 +134,12 @@ class AlibiTrainer(Trainer):
         if not model.training:
             loss = next_token_loss(outputs.logits, inputs["labels"])
         else:
+            teacher, share = self._teacher  # type: ignore[misc]
             with torch.no_grad(), self.accelerator.autocast():
-                wanted = self._teacher(**text, use_cache=False).logits  # type: ignore[misc]
-            loss = divergence(outputs.logits, wanted)
+                wanted = teacher(**text, use_cache=False).logits
+            loss = share * divergence(outputs.logits, wanted)
+            if share < 1:
+                loss = loss + (1 - share) * next_token_loss(outputs.logits, inputs["labels"])
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -234,6 +234,23 @@ def test_a_teacher_is_learned_and_not_the_text():
     assert "teacher" not in card("text")
 
 
+def test_a_share_of_the_teacher_and_the_rest_of_the_text():
+    """One step of plain gradient descent is that of the teacher and that of the text in these shares."""
+    save_model("teacher", LLAMA, seed=1, initializer_range=0.3)
+    save_model("base", LLAMA)
+    asked = {**taught_by("teacher"), "max_steps": 1, "warmup_steps": 0, "weight_decay": 0.0, "optim": "sgd"}
+    asked |= {"eval_strategy": "no", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    run(**asked, output_dir="taught")
+    run(**{**asked, "teacher_name_or_path": None}, output_dir="text")
+    run(**asked, teacher_share=0.25, output_dir="both")
+    taught, of_text, both = weights("taught"), weights("text"), weights("both")
+    for name, weight in both.items():
+        expected = 0.25 * taught[name] + 0.75 * of_text[name]
+        torch.testing.assert_close(weight, expected, atol=1e-6, rtol=1e-4)
+    assert any(not torch.allclose(taught[name], of_text[name], atol=1e-4) for name in both)
+    assert "what a teacher predicts, 0.25 of it, and the loss of the text)" in card("both")
+
+
 def test_a_teacher_of_itself_leaves_the_model_as_it_is():
     save_model("base", LLAMA)
     run(**taught_by("base"), max_steps=2, weight_decay=0.0, optim="sgd")
