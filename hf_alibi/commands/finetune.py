@@ -31,11 +31,11 @@ from ..model.verification import verify_alibi
 from ..reporting.plots import loss_curve
 from ..reporting.results import check_output_dir, environment, replacing
 from ..training.checkpoints import STATE_FILE, is_complete, last_complete_checkpoint
-from ..training.data import TokenSplit, count_bytes, load_tokenizer, load_tokens
+from ..training.data import TokenSplit, count_bytes, load_tokenizer, load_tokens, probe_blocks
 from ..training.model_card import CARD_FILE, model_card
 from ..training.settings import DataArguments, FinetuneArguments
 from ..training.starting_model import check_length, check_sources, check_vocabulary, load_model, load_teacher
-from ..training.token_blocks import TokenBlocks, pack_blocks
+from ..training.token_blocks import TokenBlocks, interleave, pack_blocks
 from ..training.trainer import RateScales, check_reporters, check_weights, make_trainer
 from ..utils import METRICS_FILE
 from .settings import load_settings, resolve_settings, save_settings
@@ -149,6 +149,10 @@ def _load_blocks(
     with training.main_process_first(desc="loading data"):
         tokens = load_tokens(data, tokenizer)
     train_blocks = pack_blocks(tokens.train, args.block_size, weights=data.train_weights, name="the training text")
+    if data.probe_share:
+        count = round(len(train_blocks) * data.probe_share / (1 - data.probe_share))
+        hidden = probe_blocks(data, tokenizer, args.block_size, max(count, 1), around=train_blocks.input_ids)
+        train_blocks = TokenBlocks(interleave([train_blocks.input_ids, hidden]))
     if not len(tokens.held_out) and training.eval_strategy == "no":
         return tokenizer, tokens, train_blocks, None
     return tokenizer, tokens, train_blocks, pack_blocks([tokens.held_out], args.block_size, name="the held-out text")

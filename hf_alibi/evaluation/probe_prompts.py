@@ -11,13 +11,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
+from ..utils import Blocks
 from .probe_tasks import KEYS, TASKS, Draft
 
-__all__ = ["Probe", "ProbeCase", "ProbeText", "probe_training_tokens"]
+__all__ = ["Probe", "ProbeBlocks", "ProbeCase", "ProbeText"]
 
 _FILLER = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 # Keys that are divisible by this are asked for in evaluation only, all others in training only.
 _HELD_OUT = 7
+_ASKED_KEYS = range(-(-KEYS.start // _HELD_OUT) * _HELD_OUT, KEYS.stop, _HELD_OUT)
+_TRAINING_KEYS = [key for key in KEYS if key % _HELD_OUT]
 # How many of the blocks of the training stream are one case alone.
 _WHOLE_BLOCKS = 0.25
 # Cases that are drawn to find how long prompts are, and tokens that other ones may have more in each of their pieces.
@@ -50,11 +53,14 @@ class ProbeText:
         if encode(" 12345") == encode(" 67890"):
             raise InputError("the tokenizer gives all numbers the same tokens, so no key can be told from another")
 
-    def case(self, task: str, draft: Draft, *, length: int, turn: float = 0.0) -> ProbeCase:
+    def case(
+        self, task: str, draft: Draft, *, length: int, turn: float = 0.0, filler: Sequence[int] | None = None
+    ) -> ProbeCase:
         """One prompt with its answer, `length` tokens together.
 
-        `turn`, from 0 to below 1, says where in its round of sentences the filler begins. Raises `InputError` if the
-        parts alone are longer than `length`.
+        The filler is a round of sentences, or the tokens given as `filler`, from the beginning as often as needed;
+        `turn`, from 0 to below 1, says where in them it begins. Raises `InputError` if the parts alone are longer than
+        `length`.
         """
         opening, answer = self._opening(task), self._tokens(draft.answer)
         fixed = self._fixed(task, draft)
@@ -63,14 +69,15 @@ class ProbeText:
                 f"a {task} prompt of {length} tokens was asked for, and its parts without any filler have {fixed} "
                 f"with this tokenizer; give lengths of at least {fixed}"
             )
-        first = int(turn * len(self._filler))
-        filler = [self._filler[(first + index) % len(self._filler)] for index in range(length - fixed)]
+        around = self._filler if filler is None else filler
+        first = int(turn * len(around))
+        fills = [around[(first + index) % len(around)] for index in range(length - fixed)]
         ids, end = [*opening], 0
         for statement in sorted(draft.statements, key=lambda statement: statement.depth):
-            at = round(statement.depth * len(filler))
-            ids += [*filler[end:at], *self._tokens(statement.pieces)]
+            at = round(statement.depth * len(fills))
+            ids += [*fills[end:at], *self._tokens(statement.pieces)]
             end = at
-        ids += [*filler[end:], *self._tokens(draft.question), *answer]
+        ids += [*fills[end:], *self._tokens(draft.question), *answer]
         return ProbeCase(torch.tensor(ids, dtype=torch.int64), len(answer))
 
     def first_token(self, task: str) -> Tensor:
@@ -125,46 +132,57 @@ class Probe:
         """The cases of one task, length and depth; the same at every call."""
         # By a string, a generator is seeded alike in every process.
         drawn = random.Random(f"{self.seed} {task} {length} {depth}")
-        keys = [key for key in KEYS if key % _HELD_OUT == 0]
         return [
-            text.case(task, TASKS[task].draft(drawn, keys, depth), length=length, turn=drawn.random())
+            text.case(task, TASKS[task].draft(drawn, _ASKED_KEYS, depth), length=length, turn=drawn.random())
             for _ in range(self.cases)
         ]
 
 
-def probe_training_tokens(
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    block_size: int,
-    blocks: int,
-    seed: int,
-    tasks: Sequence[str] = ("passkey",),
-    bos_token_id: int | None = None,
-) -> Tensor:
-    """Cases to train on, each followed by the end-of-sequence token, so that every block holds whole cases only.
+class ProbeBlocks:
+    """Blocks of cases to train on, each followed by the end-of-sequence token, so that every block holds whole cases.
 
-    With `bos_token_id` each begins with that token. Their keys are never those of a `Probe`, their depths any, their
-    lengths spread up to the block, their tasks in turn.
+    Each block is made as it is asked for, the same at every call, int64 of shape (block_size,). Keys are never those of
+    a `Probe`, depths any, lengths spread up to the block, tasks in turn. The filler is that of the probes, or with
+    `around` the blocks of a text.
 
-    Returns int64 of shape (blocks * block_size,). Raises `InputError` if a block is too short for a case.
+    Raises `InputError` if a block is too short for a case.
     """
-    text = ProbeText(tokenizer, bos_token_id)
-    shortest = max(map(text.shortest, tasks)) + 1  # with the end-of-sequence token
-    if block_size < shortest:
-        raise InputError(
-            f"probe_block_size is {block_size}, and a case of {', '.join(tasks)} has up to {shortest} tokens with this "
-            f"tokenizer; give at least {shortest}"
-        )
-    drawn = random.Random(f"training {seed}")
-    end = torch.tensor([tokenizer.eos_token_id])
-    keys = [key for key in KEYS if key % _HELD_OUT]
-    parts: list[Tensor] = []
-    for _ in range(blocks):
-        for length in _lengths(block_size, shortest, drawn):
-            task = tasks[len(parts) // 2 % len(tasks)]
-            draft = TASKS[task].draft(drawn, keys, drawn.random())
-            parts += [text.case(task, draft, length=length - 1, turn=drawn.random()).tokens, end]
-    return torch.cat(parts)
+
+    def __init__(
+        self,
+        text: ProbeText,
+        *,
+        eos_token_id: int,
+        block_size: int,
+        blocks: int,
+        seed: int,
+        tasks: Sequence[str] = ("passkey",),
+        around: Blocks | None = None,
+    ) -> None:
+        self._shortest = max(map(text.shortest, tasks)) + 1  # with the end-of-sequence token
+        if block_size < self._shortest:
+            raise InputError(
+                f"blocks of probes have {block_size} tokens, and a case of {', '.join(tasks)} has up to "
+                f"{self._shortest} with this tokenizer; give at least {self._shortest}"
+            )
+        self._text, self._tasks, self._around = text, tasks, around
+        self._end, self._block_size, self._blocks, self._seed = [eos_token_id], block_size, blocks, seed
+
+    def __len__(self) -> int:
+        return self._blocks
+
+    def __getitem__(self, index: int) -> Tensor:
+        drawn = random.Random(f"training {self._seed} {index}")
+        around = None
+        if self._around is not None:
+            around = self._around[drawn.randrange(len(self._around))].tolist()
+        parts = []
+        for number, length in enumerate(_lengths(self._block_size, self._shortest, drawn)):
+            task = self._tasks[(index + number) % len(self._tasks)]
+            draft = TASKS[task].draft(drawn, _TRAINING_KEYS, drawn.random())
+            case = self._text.case(task, draft, length=length - 1, turn=drawn.random(), filler=around)
+            parts += [case.tokens, torch.tensor(self._end)]
+        return torch.cat(parts)
 
 
 def _lengths(block_size: int, shortest: int, drawn: random.Random) -> list[int]:

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from ..errors import InputError, one_line
-from ..evaluation.probe_prompts import probe_training_tokens
+from ..evaluation.probe_prompts import ProbeBlocks, ProbeText
+from ..utils import Blocks
 from .encoding import INPUT_IDS, encode_documents
 from .files import TEXT, load_files, loading, only_text
 from .settings import BYTES, PROBES, PYTHON_DOCS, DataArguments
@@ -30,6 +31,7 @@ __all__ = [
     "load_documents",
     "load_tokenizer",
     "load_tokens",
+    "probe_blocks",
 ]
 
 _DIGEST = "digest"
@@ -160,17 +162,29 @@ def document_numbers(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tens
 
 def _load_probes(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> TokenSplit:
     block_size = args.probe_block_size or 0
-    tokens = probe_training_tokens(
-        tokenizer,
-        bos_token_id=bos_token_id(tokenizer, args.document_bos),
+    blocks = probe_blocks(args, tokenizer, block_size, args.probe_blocks)
+    stream = TokenStream([blocks[index].numpy() for index in range(len(blocks))])
+    boundary = block_size * (args.probe_blocks - int(args.probe_blocks * args.validation_fraction))
+    return TokenSplit([stream[:boundary]], stream[boundary:])
+
+
+def probe_blocks(
+    args: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    blocks: int,
+    around: Blocks | None = None,
+) -> ProbeBlocks:
+    """Blocks that teach the tasks of the probes, with their own filler or, with `around`, in the blocks of a text."""
+    return ProbeBlocks(
+        ProbeText(tokenizer, bos_token_id(tokenizer, args.document_bos)),
+        eos_token_id=tokenizer.eos_token_id,
         block_size=block_size,
-        blocks=args.probe_blocks,
+        blocks=blocks,
         seed=args.probe_seed,
         tasks=args.probe_tasks,
+        around=around,
     )
-    boundary = block_size * (args.probe_blocks - int(args.probe_blocks * args.validation_fraction))
-    stream = TokenStream([tokens.numpy()])
-    return TokenSplit([stream[:boundary]], stream[boundary:])
 
 
 def _load_python_docs() -> datasets.Dataset:

@@ -159,11 +159,17 @@ class DataArguments:
         metadata={"help": f"For {PROBES}: tokens that whole prompts fill; give the block_size of the training."},
     )
     probe_blocks: int = field(default=4096, metadata={"help": f"For {PROBES}: how many such blocks."})
+    probe_share: float = field(
+        default=0.0,
+        metadata={"help": "Share of the training blocks that teach probes, hidden in the text of other blocks."},
+    )
     probe_tasks: list[str] = field(
         default_factory=lambda: ["passkey"],
-        metadata={"help": f"For {PROBES}: which tasks, of {' '.join(TASKS)}."},
+        metadata={"help": f"For {PROBES} and probe_share: which tasks, of {' '.join(TASKS)}."},
     )
-    probe_seed: int = field(default=0, metadata={"help": f"For {PROBES}: another one gives other prompts."})
+    probe_seed: int = field(
+        default=0, metadata={"help": f"For {PROBES} and probe_share: another one gives other prompts."}
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation_fraction < 1:
@@ -177,6 +183,11 @@ class DataArguments:
             raise InputError(f"the dataset {PROBES} holds out blocks of its own; leave validation_file out")
         if not self.probe_tasks or not all(task in TASKS for task in self.probe_tasks):
             raise InputError(f"probe_tasks is {self.probe_tasks}; give one or more of {', '.join(TASKS)}")
+        if not 0 <= self.probe_share < 1 or (self.probe_share and self.dataset_name == PROBES):
+            raise InputError(
+                f"probe_share is {self.probe_share}; it must be at least 0 and below 1, beside a text and not beside "
+                f"dataset_name {PROBES}"
+            )
         self._check_mixture()
         if self.probe_blocks < 1:
             raise InputError(f"probe_blocks is {self.probe_blocks}; it must be at least 1")

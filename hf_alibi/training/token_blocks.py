@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..utils import Blocks
 
-__all__ = ["TokenBlocks", "TokenStream", "pack_blocks"]
+__all__ = ["TokenBlocks", "TokenStream", "interleave", "pack_blocks"]
 
 
 class TokenStream:
@@ -56,24 +56,42 @@ class TokenStream:
         return max(int(piece.max()) for piece in self._pieces)
 
 
-class _Blocks:
-    """The first blocks of streams, without overlap; those of several streams alternate evenly."""
+class _StreamBlocks:
+    """The first blocks of a stream, without overlap."""
 
-    def __init__(self, streams: Sequence[TokenStream], counts: Sequence[int], block_size: int) -> None:
-        self._streams, self._block_size = streams, block_size
-        self._first = np.cumsum([0, *counts])
+    def __init__(self, stream: TokenStream, block_size: int, count: int) -> None:
+        self._stream, self._block_size, self._count = stream, block_size, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._stream[index * self._block_size : (index + 1) * self._block_size].read()
+
+
+class _Interleaved:
+    """The blocks of several texts, which alternate evenly."""
+
+    def __init__(self, parts: Sequence[Blocks]) -> None:
+        self._parts = parts
+        self._first = np.cumsum([0, *map(len, parts)])
         # Block j of n stands at (j + 1/2) / n of the way.
-        ways = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
-        self._order = np.argsort(ways, kind="stable") if len(streams) > 1 else range(len(ways))
+        self._order = np.argsort(
+            np.concatenate([(np.arange(len(part)) + 0.5) / len(part) for part in parts]), kind="stable"
+        )
 
     def __len__(self) -> int:
         return len(self._order)
 
     def __getitem__(self, index: int) -> Tensor:
         place = int(self._order[index])
-        stream = int(np.searchsorted(self._first, place, side="right")) - 1
-        start = (place - int(self._first[stream])) * self._block_size
-        return self._streams[stream][start : start + self._block_size].read()
+        part = int(np.searchsorted(self._first, place, side="right")) - 1
+        return self._parts[part][place - int(self._first[part])]
+
+
+def interleave(parts: Sequence[Blocks]) -> Blocks:
+    """All blocks of all parts; those of several parts alternate evenly."""
+    return parts[0] if len(parts) == 1 else _Interleaved(parts)
 
 
 class TokenBlocks(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -123,4 +141,5 @@ def pack_blocks(
                 f"{name} has {counts} blocks of block_size {block_size} in the proportions {list(weights)}; give more "
                 "text of what has the largest weight, or weights nearer to each other"
             )
-    return TokenBlocks(_Blocks(streams, counts, block_size))
+    parts = [_StreamBlocks(stream, block_size, count) for stream, count in zip(streams, counts, strict=True)]
+    return TokenBlocks(interleave(parts))

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from helpers.runs import BYTES, config_file, cut, drop_weight, held_out, refused, run_python
+from hf_alibi.commands import finetune as finetune_command
 from hf_alibi.commands.fields import read_yaml
 from hf_alibi.commands.finetune import finetune
 from hf_alibi.training.checkpoints import last_complete_checkpoint
@@ -208,6 +209,20 @@ def test_a_rate_scale_of_0_freezes():
 
 def taught_by(teacher):
     return {**start_from("base"), "attention": "original", "teacher_name_or_path": teacher}
+
+
+def test_a_share_of_the_blocks_teaches_probes(monkeypatch):
+    seen = []
+    make = finetune_command.make_trainer
+    monkeypatch.setattr(finetune_command, "make_trainer", lambda *args: seen.append(args[3]) or make(*args))
+    save_model("base", LLAMA)
+    run(**start_from("base"), max_steps=1, block_size=200, probe_share=0.25, probe_tasks=["passkey"])
+    tokenizer, blocks = load_tokenizer("bytes"), seen[0]
+    texts = [tokenizer.decode(blocks[index]["input_ids"]) for index in range(len(blocks))]
+    hidden = [text for text in texts if "A pass key is hidden" in text]
+    assert len(hidden) / len(texts) == pytest.approx(0.25, abs=0.5 / len(texts) + 0.01)
+    assert "grass" not in "".join(hidden)
+    assert not any("pass key" in text for text in texts if text not in hidden)
 
 
 def test_a_teacher_is_learned_and_not_the_text():

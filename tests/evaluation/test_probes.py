@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from helpers.models import stock_model
 from hf_alibi.errors import InputError
 from hf_alibi.evaluation import probes
-from hf_alibi.evaluation.probe_prompts import Probe, ProbeText, probe_training_tokens
+from hf_alibi.evaluation.probe_prompts import Probe, ProbeBlocks, ProbeText
 from hf_alibi.evaluation.probe_tasks import TASKS
 from hf_alibi.evaluation.probes import evaluate_probe
 from hf_alibi.training.data import load_tokenizer
@@ -55,6 +55,12 @@ def found(model, text, probe=PROBE, **options):
     return evaluate_probe(model, text, probe, **options, progress=False)
 
 
+def training_tokens(tokenizer, bos_token_id=None, **options):
+    text = ProbeText(tokenizer, bos_token_id)
+    blocks = ProbeBlocks(text, eos_token_id=tokenizer.eos_token_id, **options)
+    return torch.cat([blocks[index] for index in range(len(blocks))])
+
+
 def test_prompts_begin_with_the_beginning_of_sequence_if_told(tokenizer):
     plain, marked = ProbeText(tokenizer), ProbeText(tokenizer, 7)
     case = case_of(marked, length=200, depth=0.5, key=12345)
@@ -63,7 +69,7 @@ def test_prompts_begin_with_the_beginning_of_sequence_if_told(tokenizer):
     assert torch.equal(case.tokens[1:], case_of(plain, length=199, depth=0.5, key=12345).tokens)
     assert marked.first_token("passkey").tolist() == [[7]]
     assert marked.shortest("passkey") == plain.shortest("passkey") + 1
-    stream = probe_training_tokens(tokenizer, block_size=330, blocks=3, seed=0, bos_token_id=7)
+    stream = training_tokens(tokenizer, block_size=330, blocks=3, seed=0, bos_token_id=7)
     starts = [0, *(i + 1 for i, token in enumerate(stream.tolist()[:-1]) if token == tokenizer.eos_token_id)]
     assert len(starts) >= 3
     assert all(stream[start] == 7 for start in starts)
@@ -211,7 +217,7 @@ def keys_of(tokenizer, tokens):
 
 
 def test_training_blocks_hold_whole_cases_of_all_lengths(tokenizer):
-    tokens = probe_training_tokens(tokenizer, block_size=640, blocks=60, seed=0)
+    tokens = training_tokens(tokenizer, block_size=640, blocks=60, seed=0)
     lengths = []
     for block in tokens.view(60, 640):
         assert block[-1] == tokenizer.eos_token_id
@@ -228,7 +234,7 @@ def test_training_blocks_hold_whole_cases_of_all_lengths(tokenizer):
 
 
 def test_keys_of_training_are_never_asked_for_in_evaluation(tokenizer):
-    trained = keys_of(tokenizer, probe_training_tokens(tokenizer, block_size=400, blocks=200, seed=0))
+    trained = keys_of(tokenizer, training_tokens(tokenizer, block_size=400, blocks=200, seed=0))
     probe = Probe(lengths=[200], depths=[0.0], cases=100)
     asked = set().union(
         *(keys_of(tokenizer, case.tokens) for case in probe.cell(ProbeText(tokenizer), "passkey", 200, 0.0))
@@ -241,10 +247,10 @@ def test_keys_of_training_are_never_asked_for_in_evaluation(tokenizer):
 
 
 def test_blocks_that_are_too_short_are_refused(tokenizer):
-    with pytest.raises(InputError, match=r"probe_block_size is 30.*give at least (\d+)") as error:
-        probe_training_tokens(tokenizer, block_size=30, blocks=1, seed=0)
+    with pytest.raises(InputError, match=r"blocks of probes have 30 tokens.*give at least (\d+)") as error:
+        training_tokens(tokenizer, block_size=30, blocks=1, seed=0)
     least = int(str(error.value).split()[-1])
-    assert probe_training_tokens(tokenizer, block_size=least, blocks=20, seed=0).shape == (20 * least,)
+    assert training_tokens(tokenizer, block_size=least, blocks=20, seed=0).shape == (20 * least,)
 
 
 def test_numbers_that_look_alike_are_refused():
@@ -355,11 +361,25 @@ def test_lengths_that_a_task_does_not_fit_in_are_left_out_if_only_known_tasks_ar
 
 
 def test_training_on_several_tasks_takes_them_in_turn(tokenizer):
-    tokens = probe_training_tokens(tokenizer, block_size=900, blocks=30, seed=0, tasks=list(TASKS))
+    tokens = training_tokens(tokenizer, block_size=900, blocks=30, seed=0, tasks=list(TASKS))
     words = tokenizer.decode(tokens.tolist())
     counts = [words.count(task.opening) for task in TASKS.values()]
-    assert max(counts) - min(counts) <= 1
-    assert min(counts) >= 10
+    assert min(counts) > 0.25 * sum(counts)
+    assert sum(counts) >= 30
     trained = {int(key) for key in re.findall(r"\d{5}", words)}
     assert trained
     assert {key % 7 == 0 for key in trained} == {False}
+
+
+def test_cases_may_stand_in_a_text(tokenizer):
+    around = torch.arange(100, 400).view(3, 100)
+    options = {"block_size": 640, "blocks": 12, "seed": 0, "tasks": list(TASKS)}
+    tokens = training_tokens(tokenizer, **options, around=around).view(12, 640)
+    assert torch.equal(tokens, training_tokens(tokenizer, **options, around=around).view(12, 640))
+    chosen = set()
+    for block in tokens:
+        of_text = [(row + 1) * 100 for row in range(3) if set(around[row].tolist()) <= set(block.tolist())]
+        chosen.update(of_text)
+        assert len(of_text) <= 1
+    assert len(chosen) > 1
+    assert "grass" not in tokenizer.decode([token for token in tokens.flatten().tolist() if token < 100])
