@@ -93,7 +93,8 @@ def distill_layers(
         settings: of the fit.
         progress: show a bar.
 
-    Returns the error of each layer with attention, before and after. Raises ValueError if `check_distillation` does.
+    Returns the error of each layer with attention, before and after. Raises ValueError if `check_distillation` does, or
+    if all attention is frozen.
     """
     size = settings.batch_size
     check_distillation(teacher, blocks, batch_size=size)
@@ -119,9 +120,8 @@ def _train(fit: _Fit, fitted: int, settings: FitSettings, progress: bool) -> Non
     batches = chain.from_iterable(order.split(settings.batch_size) for order in orders)
     with progress_bar("distilling layers", steps, shown=progress) as advance:
         for step, batch in enumerate(batches):
-            for parameter, gradient in zip(
-                fit.parameters, fit.gradients(batch, guided=step < _GUIDED * steps), strict=True
-            ):
+            gradients = fit.gradients(batch, guided=step < _GUIDED * steps)
+            for parameter, gradient in zip(fit.parameters, gradients, strict=True):
                 parameter.grad = gradient
             optimizer.step()
             schedule.step()
@@ -138,6 +138,11 @@ class _Fit:
         # Layers without attention (of hybrid models), or with frozen attention, have nothing to fit.
         self._fitted = [index for index, parameters in found if parameters]
         self.parameters = [parameter for _, parameters in found for parameter in parameters]
+        if not self.parameters:
+            raise ValueError(
+                f"layer distillation trains self-attention, and all weights of it in {type(model).__name__} are "
+                "frozen; let some require gradients, or leave distillation out"
+            )
         self._deviations: list[Tensor] = []
 
     def measure_deviations(self, batches: Sequence[Tensor]) -> None:
@@ -149,7 +154,7 @@ class _Fit:
             count += units.shape[1]
             sums, squares = sums + units.sum(1), squares + units.square().sum(1)
         variances = squares / count - (sums / count).square()
-        self._deviations = list(variances.sqrt().clamp(min=_LEAST_DEVIATION).float())
+        self._deviations = list(variances.clamp(min=_LEAST_DEVIATION**2).sqrt().float())
 
     @torch.no_grad()
     def errors(self, batches: Sequence[Tensor]) -> list[float]:
@@ -160,11 +165,11 @@ class _Fit:
 
     def gradients(self, batch: Tensor, *, guided: bool) -> Sequence[Tensor | None]:
         """Gradients of `parameters` for the sum of the errors; `guided` layers read the teacher's states."""
-        errors = self._errors(batch, guided)
+        errors = self._errors(batch, guided=guided)
         total = torch.stack([error.to(errors[0].device) for error in errors]).sum()
         return torch.autograd.grad(total, self.parameters, allow_unused=True)
 
-    def _errors(self, batch: Tensor, guided: bool) -> list[Tensor]:
+    def _errors(self, batch: Tensor, *, guided: bool) -> list[Tensor]:
         """Squared error of each fitted layer on blocks."""
         targets, errors = self._targets(batch), []
 

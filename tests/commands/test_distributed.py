@@ -78,6 +78,22 @@ def test_two_processes_train_as_one_and_resume(plan, folder, alone):
     assert resumed["eval_loss"] == pytest.approx(alone[0]["eval_loss"], abs=1e-5)
 
 
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_recipe_in_two_processes_is_that_of_one(plan, folder):
+    run(folder, "pretrained", per_device_train_batch_size=4, attention="original")
+    recipe = {"model_config": None, "model_name_or_path": str(folder / "pretrained"), "match_tokens": 512}
+    recipe |= {"match_heads": True, "global_heads": 1, "distill_tokens": 2048, "distill_epochs": 1}
+    recipe |= {"probe_share": 0.0, "teacher_name_or_path": str(folder / "pretrained"), "teacher_share": 0.5}
+    one, losses = run(folder, "recipe", per_device_train_batch_size=4, **recipe)
+    settings = {"per_device_train_batch_size": 2, "ddp_backend": "gloo", **PLANS[plan]}
+    two, of_two = run(folder, f"recipe-{plan}", *TORCHRUN, **settings, **recipe)
+    assert of_two == pytest.approx(losses, abs=1e-5)
+    assert two["eval_loss"] == pytest.approx(one["eval_loss"], abs=1e-5)
+    assert two["conversion"]["head_order"] == one["conversion"]["head_order"]
+    shutil.rmtree(folder / "pretrained")
+    shutil.rmtree(folder / "recipe")
+
+
 def test_the_settings_of_a_run_can_be_read_again(folder):
     metrics, _ = run(folder, "again", *TORCHRUN, ddp_backend="gloo", **PLANS["fsdp2"])
     config = folder / "again" / "config.yaml"

@@ -8,6 +8,7 @@ import torch
 import hf_alibi
 from helpers.models import stock_model, tokens
 from helpers.tiny_models import stock_tiny
+from hf_alibi.conversion import distillation
 from hf_alibi.conversion.distillation import FitSettings, check_distillation, distill_layers
 from hf_alibi.model.anatomy import text_decoder
 
@@ -123,6 +124,57 @@ def test_frozen_weights_stay(input_ids):
     before = frozen.clone()
     distill_layers(model, teacher, input_ids, FitSettings(**{**FIT, "epochs": 1}))
     assert torch.equal(frozen, before)
+
+
+def test_a_model_of_frozen_attention_is_refused(input_ids):
+    model, teacher = pair(stock_model("llama", 4))
+    for layer in model.model.layers:
+        layer.self_attn.requires_grad_(False)
+    with pytest.raises(ValueError, match="all weights of it in AlibiLlamaForCausalLM are frozen"):
+        distill_layers(model, teacher, input_ids, FitSettings(**FIT))
+
+
+def test_channels_that_are_always_the_same_do_no_harm(input_ids):
+    """Their variance is 0, or less by rounding."""
+    stock = stock_model("llama", 4)
+    with torch.no_grad():
+        stock.model.embed_tokens.weight[:, 3] = 0.1
+        for layer in stock.model.layers:
+            layer.self_attn.o_proj.weight[3] = 0
+            layer.mlp.down_proj.weight[3] = 0
+    fits = distill_layers(*pair(stock), input_ids, FitSettings(**FIT))
+    assert all(fit.after < fit.before < float("inf") for fit in fits)
+
+
+def test_the_first_quarter_of_the_steps_is_guided(input_ids, monkeypatch):
+    """There each layer reads what the unconverted layer before it gave: its error depends on no other layer."""
+    guided = []
+    errors = distillation._Fit._errors
+    monkeypatch.setattr(
+        distillation._Fit, "_errors", lambda fit, batch, **told: guided.append(told) or errors(fit, batch, **told)
+    )
+    model, teacher = pair(stock_model("llama", 4))
+    distill_layers(model, teacher, input_ids, FitSettings(**FIT))
+    held_out = 2 * 2  # batches, before and after
+    assert len(guided) == 4 * 38 + held_out
+    assert guided[2 : 2 + 38] == [{"guided": True}] * 38
+    assert guided[:2] + guided[2 + 38 :] == [{"guided": False}] * (3 * 38 + held_out)
+
+
+def test_guided_layers_read_what_the_unconverted_layers_gave(input_ids):
+    model, teacher = pair(stock_model("llama", 4))
+    fit = distillation._Fit(model, teacher, input_ids, bf16=False)
+    batch = torch.arange(4)
+    fit.measure_deviations([batch])
+    with torch.no_grad():
+        before = [error.item() for error in fit._errors(batch, guided=True)]
+        alone = [error.item() for error in fit._errors(batch, guided=False)]
+        model.model.layers[0].self_attn.o_proj.weight.mul_(3)
+        after = [error.item() for error in fit._errors(batch, guided=True)]
+        changed = [error.item() for error in fit._errors(batch, guided=False)]
+    assert after[0] != before[0]
+    assert after[1] == before[1]
+    assert changed[1] != alone[1]
 
 
 def test_held_out_blocks_are_not_learned_from(input_ids):
