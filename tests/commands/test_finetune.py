@@ -311,8 +311,17 @@ sys.exit(main(["finetune", "run.yaml"]))
 """
 
 
-def test_killed_run_resumes_to_the_same_end():
-    epochs = {"num_train_epochs": 3, "max_steps": None, "logging_steps": 3}
+MIXED = {"train_file": ["text.txt", "mine"], "train_weights": [2, 1], "probe_share": 0.25, "block_size": 160}
+STREAMED = {"train_file": None, "dataset_name": "mine", "streaming": True, "max_tokens": 4000}
+
+
+@pytest.mark.parametrize("data", [{}, MIXED, STREAMED], ids=["a file", "a mixture", "streamed"])
+def test_killed_run_resumes_to_the_same_end(data):
+    Path("mine").mkdir()
+    words = Path("text.txt").read_text()
+    lines = [json.dumps({"text": words[start : start + 200]}) for start in range(0, 5000, 200)]
+    Path("mine/train.jsonl").write_text("\n".join(lines))
+    epochs = {"num_train_epochs": 3, "max_steps": None, "logging_steps": 3, **data}
     whole = run(output_dir="whole", **epochs)
     assert whole["steps"] > 12  # more than one epoch
     argv = config_file({**SETTINGS, **epochs, "output_dir": "killed"})
