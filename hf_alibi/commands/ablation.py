@@ -4,7 +4,8 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from transformers import TrainingArguments
 
 from ..conversion.settings import ConversionArguments
 from ..errors import InputError
-from ..reporting.curves import markdown_table
+from ..evaluation.protocol import OK, SLIDING
+from ..evaluation.settings import ComparisonArguments, ExtrapolateArguments
+from ..reporting.curves import Comparison, markdown_table
 from ..reporting.plots import loss_by_row, require_matplotlib
 from ..reporting.results import Results, environment, replacing, write_results
 from ..training.settings import AblationArguments, DataArguments, FinetuneArguments
 from ..utils import METRICS_FILE
+from .extrapolate import compare
 from .finetune import train
 from .settings import load_settings, make_settings, resolve_settings
 
@@ -25,6 +29,8 @@ __all__ = ["ablation"]
 
 _RUN = (FinetuneArguments, ConversionArguments, DataArguments, TrainingArguments)
 _WEIGHTS = "*.safetensors"
+_EVALUATION = "evaluation"
+_PERPLEXITY = "perplexity"
 
 
 def ablation(argv: Sequence[str]) -> Results:
@@ -32,11 +38,12 @@ def ablation(argv: Sequence[str]) -> Results:
 
     All rows share the settings, those of `hf-alibi finetune`, but for what a row changes. Each row's settings are
     parsed before the first is trained. Complete runs in `output_dir` are read and not repeated, so that an interrupted
-    ablation resumes. Of each run settings and metrics stay, and no weights.
+    ablation resumes. With `lengths` each model is also evaluated as `hf-alibi extrapolate` does, probes and baselines
+    included, for a second table. Of each run settings, metrics and evaluation stay, and no weights.
 
     Returns what `results.json` holds. Raises InputError if something given cannot be used.
     """
-    args, *shared = load_settings((AblationArguments, *_RUN), argv)
+    args, comparison, *shared = load_settings((AblationArguments, ComparisonArguments, *_RUN), argv)
     require_matplotlib()
     values = resolve_settings(shared)
     output_dir = Path(values["output_dir"])
@@ -47,7 +54,13 @@ def ablation(argv: Sequence[str]) -> Results:
         run: make_settings(_RUN, {**values, **args.rows[run[0]], "seed": run[1], "output_dir": str(folder)})
         for run, folder in runs.items()
     }
-    metrics = {run: _metrics(folder, settings[run]) for run, folder in runs.items()}
+    metrics, evaluations = {}, []
+    for run, folder in runs.items():
+        metrics[run] = _metrics(folder, settings[run])
+        if comparison.lengths:
+            evaluations.append(_evaluation(comparison, run[0], folder, settings[run]))
+        for weights in folder.rglob(_WEIGHTS):
+            weights.unlink()
     results: Results = {
         "kind": "ablation",
         "settings": {"shared": values, "rows": args.rows, "control": args.control},
@@ -63,6 +76,7 @@ def ablation(argv: Sequence[str]) -> Results:
             for (name, seed), of_run in metrics.items()
         ],
         "rows": list(_rows(args, metrics)),
+        "by_length": list(_by_length(evaluations)),
     }
     write_results(results, output_dir)
     loss_by_row(results, output_dir / "ablation.png")
@@ -90,7 +104,27 @@ def ablation_table(results: Results) -> str:
     ]
     seeds = len({run["seed"] for run in results["runs"]})
     note = f"Means over {seeds} seed{'s' if seeds > 1 else ''}, ± their standard deviation."
-    return f"{markdown_table(header, cells)}\n\n{note}\n"
+    parts = [markdown_table(header, cells), *_length_table(results["by_length"]), note]
+    return "\n\n".join(parts) + "\n"
+
+
+def _length_table(by_length: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What each row comes to at each length: perplexities, and shares found."""
+    columns = list(dict.fromkeys((each["value"], each["length"]) for each in by_length))
+    found = {(each["row"], each["value"], each["length"]): each["mean"] for each in by_length}
+    if not found:
+        return
+    cells = [
+        [row, *(_cell(value, found.get((row, value, length))) for value, length in columns)]
+        for row in dict.fromkeys(each["row"] for each in by_length)
+    ]
+    yield markdown_table(["row", *(f"{value} at {length}" for value, length in columns)], cells)
+
+
+def _cell(value: str, mean: float | None) -> str:
+    if mean is None:
+        return "-"
+    return f"{mean:.2f}" if value == _PERPLEXITY else f"{mean:.0%}"
 
 
 def _spread(mean: float | None, deviation: float | None) -> str:
@@ -103,10 +137,7 @@ def _metrics(folder: Path, settings: tuple[Any, ...]) -> Mapping[str, Any]:
     """Metrics of a run, which is done now if it was not yet."""
     file = folder / METRICS_FILE
     if not file.is_file():
-        metrics = train(*settings)
-        for weights in folder.rglob(_WEIGHTS):
-            weights.unlink()
-        return metrics
+        return train(*settings)
     metrics = json.loads(file.read_text(encoding="utf-8"))
     given = {**resolve_settings(settings), "output_dir": None}
     if {**metrics["config"], "output_dir": None} != given:
@@ -114,6 +145,51 @@ def _metrics(folder: Path, settings: tuple[Any, ...]) -> Mapping[str, Any]:
     if metrics["eval_loss"] is None:
         raise InputError(f"{folder} holds a run without held-out loss; hold out some text")
     return dict(metrics)
+
+
+def _evaluation(comparison: ComparisonArguments, row: str, folder: Path, settings: Sequence[Any]) -> Results:
+    """The evaluation of a run, which is done now if it was not yet."""
+    finetuned, _, data, _ = settings
+    args = ExtrapolateArguments.of(
+        comparison,
+        models={row: str(folder)},
+        train_length=finetuned.block_size,
+        output_dir=str(folder / _EVALUATION),
+    )
+    file = Path(args.output_dir, "results.json")
+    if file.is_file():
+        results: Results = json.loads(file.read_text(encoding="utf-8"))
+        given = json.loads(json.dumps({"settings": asdict(args.protocol()), "probes": _asked(args)}))
+        if all(results.get(part, {}).get(name) == value for part in given for name, value in given[part].items()):
+            return results
+    elif list(folder.glob(_WEIGHTS)):
+        return compare(args, data)
+    raise InputError(
+        f"{folder} holds a run without this evaluation, and no weights; give another output_dir, or remove it"
+    )
+
+
+def _asked(args: ExtrapolateArguments) -> dict[str, Any]:
+    probe = args.probe()
+    return {} if probe is None else asdict(probe)
+
+
+def _by_length(evaluations: Iterable[Results]) -> Iterator[dict[str, Any]]:
+    """Means over seeds: perplexities in the sliding window (geometric), and the share of each probe that was found."""
+    found: dict[tuple[str, str, int], list[float | None]] = {}
+    for results in map(Comparison, evaluations):
+        for row in results["rows"]:
+            if row["protocol"] == SLIDING:
+                key = (results.curve_name(row["model"], row["context"]), _PERPLEXITY, row["length"])
+                found.setdefault(key, []).append(row["perplexity"])
+        for row in results["probes"]["rows"] if "probes" in results else ():
+            if row["depth"] is None:
+                key = (results.curve_name(row["model"], row["context"]), row["task"], row["length"])
+                found.setdefault(key, []).append(row["found"] / row["cases"] if row["status"] == OK else None)
+    for (name, value, length), each in found.items():
+        known = [one for one in each if one is not None]
+        mean = statistics.geometric_mean if value == _PERPLEXITY else statistics.fmean
+        yield {"row": name, "value": value, "length": length, "mean": mean(known) if known == each else None}
 
 
 def _rows(args: AblationArguments, metrics: Mapping[tuple[str, int], Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from ..conversion.settings import ConversionArguments
 from ..errors import InputError
 from ..evaluation.protocol import SLIDING
-from ..evaluation.settings import ComparisonArguments, ControlArguments, ExtrapolateArguments
+from ..evaluation.settings import ControlArguments, ExtrapolateArguments
 from ..reporting.curves import Comparison
 from ..reporting.findings import price
 from ..reporting.plots import require_matplotlib
@@ -77,12 +77,12 @@ def _convert(
     source, output_dir = args.model_name_or_path, Path(training.output_dir)
     if source is None or args.attention != "alibi":
         raise InputError("convert takes a pretrained model: give model_name_or_path, and leave attention as alibi")
-    evaluation = ExtrapolateArguments(
+    evaluation = ExtrapolateArguments.of(
+        comparison,
         models={"alibi": str(output_dir), "original": str(output_dir / _CONTROL) if comparison.control else source},
         train_length=args.block_size,
         output_dir=str(output_dir / _EVALUATION),
         probe_if_known=True,
-        **{one.name: getattr(comparison, one.name) for one in dataclasses.fields(ComparisonArguments)},
     )
     require_matplotlib()
     check_sources(args)

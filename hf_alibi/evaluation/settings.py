@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import InputError
 from ..utils import read_mapping
@@ -128,6 +129,12 @@ class ExtrapolateArguments(ComparisonArguments):
                 )
         if self.train_length < 1 or min(self.lengths or [1]) < 1:
             raise InputError(f"train_length {self.train_length}, lengths {self.lengths}: each must be at least 1 token")
+
+    @classmethod
+    def of(cls, comparison: ComparisonArguments, **fields: Any) -> ExtrapolateArguments:
+        """The settings of `comparison`, with `fields` for the others."""
+        shared = {one.name: getattr(comparison, one.name) for one in dataclasses.fields(ComparisonArguments)}
+        return cls(**shared, **fields)
 
     def sources(self) -> dict[str, str]:
         """Return the models: name to folder or hub name."""

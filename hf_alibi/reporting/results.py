@@ -28,8 +28,8 @@ __all__ = [
 # they come from. Later kinds of runs add rows with further fields and keys beside "rows".
 Results = dict[str, Any]
 
-# Schema 3: rows without numbers have a `reason`.
-SCHEMA_VERSION = 3
+# Schema 4: `probes` in place of `passkey`, of which each row has a `task`.
+SCHEMA_VERSION = 4
 
 
 _PACKAGES = ("hf-alibi", "torch", "transformers", "accelerate", "datasets", "tokenizers")

@@ -236,7 +236,7 @@ def test_a_run_leaves_a_row_for_every_side(command, tmp_path, capsys, monkeypatc
     results = command()
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {"benchmark.json", "benchmark.csv", "benchmark.png"}
-    assert json.loads((out / "benchmark.json").read_text()) == {"schema": 3, **json.loads(json.dumps(results))}
+    assert json.loads((out / "benchmark.json").read_text()) == {"schema": 4, **json.loads(json.dumps(results))}
     assert str(tmp_path) not in (out / "benchmark.json").read_text()
     rows = {(r["part"], r["subject"], r["what"], r["length"], r["variant"]): r for r in results["rows"]}
     assert len(rows) == len(results["rows"])

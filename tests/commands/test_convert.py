@@ -198,6 +198,33 @@ def test_an_ablation_is_a_run_for_each_row_and_seed():
     assert alone["eval_loss"] == losses["sink", 2]
 
 
+def test_an_ablation_also_evaluates_at_lengths(monkeypatch):
+    asked = {"rows": ROWS, "seeds": [1, 2], "output_dir": "ablation", **COMPARISON, "lengths": [32, 512]}
+    asked |= {"scored_tokens": 32, "probes": ["passkey"], "probe_cases": 1, "probe_lengths": [200], "stride": 4}
+    results = ablation(write(**asked))
+    means = {(row["row"], row["value"], row["length"]): row["mean"] for row in results["by_length"]}
+    for name in ROWS:
+        runs = [json.loads(Path(f"ablation/{name}/seed-{seed}/evaluation/results.json").read_text()) for seed in (1, 2)]
+        for length in (32, 512):
+            each = [
+                row["perplexity"]
+                for run in runs
+                for row in run["rows"]
+                if (row["protocol"], row["length"], row["context"]) == ("sliding", length, "full")
+            ]
+            assert means[name, "perplexity", length] == pytest.approx(math.sqrt(each[0] * each[1]))
+        assert means[name, "passkey", 200] == 0
+    table = Path("ablation/ablation.md").read_text()
+    assert "| row | perplexity at 32 | perplexity at 512 | passkey at 200 |" in table
+    assert f"| sink | {means['sink', 'perplexity', 32]:.2f} | {means['sink', 'perplexity', 512]:.2f} | 0% |" in table
+    assert "| control, cropped to 32 |" in table
+    assert not list(Path("ablation").rglob("*.safetensors"))
+    monkeypatch.setattr("hf_alibi.commands.ablation.compare", lambda *args: pytest.fail("evaluated again"))
+    assert ablation(write(**asked))["by_length"] == results["by_length"]
+    with refused("ablation/control/seed-1 holds a run without this evaluation, and no weights"):
+        ablation(write(**{**asked, "probe_cases": 2}))
+
+
 def test_complete_runs_are_not_repeated(monkeypatch):
     first = ablation(write(rows=ROWS, seeds=[1], output_dir="ablation"))
     monkeypatch.setattr("hf_alibi.commands.ablation.train", lambda *settings: pytest.fail("trained again"))
@@ -237,7 +264,7 @@ def test_what_cannot_be_is_refused_before_training(command, values, message):
     assert not Path("run").exists()
 
 
-@pytest.mark.parametrize("name", ["smollm2", "gpt2-small"])
+@pytest.mark.parametrize("name", ["smollm2", "gpt2-small", "retrieval"])
 def test_every_row_of_the_shipped_ablations_is_valid(name, monkeypatch):
     trained = []
 
@@ -247,7 +274,9 @@ def test_every_row_of_the_shipped_ablations_is_valid(name, monkeypatch):
 
     monkeypatch.setattr("hf_alibi.commands.ablation.train", train)
     with pytest.raises(InputError, match="enough"):
-        ablation([str(CONFIGS / f"ablation/{name}.yaml"), *(["--train_file", "text.txt"] if name == "smollm2" else [])])
+        ablation(
+            [str(CONFIGS / f"ablation/{name}.yaml"), *([] if name == "gpt2-small" else ["--train_file", "text.txt"])]
+        )
     [(attention, budget, steps)] = trained
     assert (attention, budget > 0, steps) == ("original", True, [])
 

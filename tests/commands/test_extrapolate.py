@@ -83,7 +83,7 @@ def test_a_run_writes_everything_it_found(command, tmp_path, capsys):
     results, out = command(), tmp_path / "out"
     assert {path.name for path in out.iterdir()} == FILES
     assert all(path.stat().st_size > 200 for path in out.iterdir())
-    assert json.loads((out / "results.json").read_text()) == {"schema": 3, **json.loads(json.dumps(results))}
+    assert json.loads((out / "results.json").read_text()) == {"schema": 4, **json.loads(json.dumps(results))}
     for name in ("results.json", "results.csv", "report.md", "report.html"):
         assert str(tmp_path) not in (out / name).read_text(encoding="utf-8")  # no absolute paths
     rows = by_key(results)

@@ -24,7 +24,7 @@ RESULTS = {"kind": "extrapolation", "settings": {"train_length": 8}, "rows": ROW
 def test_the_file_holds_the_results(tmp_path):
     json_path, csv_path = write_results(RESULTS, tmp_path / "new")
     assert (json_path.name, csv_path.name) == ("results.json", "results.csv")
-    assert json.loads(json_path.read_text(encoding="utf-8")) == {"schema": 3, **RESULTS}
+    assert json.loads(json_path.read_text(encoding="utf-8")) == {"schema": 4, **RESULTS}
 
 
 def test_csv_has_every_field_of_any_row(tmp_path):
