@@ -52,7 +52,7 @@ _COMMANDS = {
     "ablation": _Command(
         "train with one part of the recipe changed at a time, over several seeds",
         "commands.ablation:ablation",
-        ("training.settings:AblationArguments", *_TRAINING),
+        ("training.settings:AblationArguments", "evaluation.settings:ComparisonArguments", *_TRAINING),
         trains=True,
     ),
     "benchmark": _Command(

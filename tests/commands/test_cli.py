@@ -12,9 +12,9 @@ from hf_alibi.errors import InputError
 from hf_alibi.training.settings import DataArguments, FinetuneArguments
 
 
-def fake(monkeypatch, action):
-    """Put `action` in the place of the command finetune."""
-    monkeypatch.setattr("hf_alibi.commands.finetune.command", action)
+def fake(monkeypatch, action, name="finetune"):
+    """Put `action` in the place of a command."""
+    monkeypatch.setattr(f"hf_alibi.{cli._COMMANDS[name].run.replace(':', '.')}", action)
 
 
 @pytest.mark.parametrize("command", cli._COMMANDS)
@@ -102,6 +102,17 @@ def test_shipped_configs_are_valid(name):
     # One of them says how long the training is.
     assert (training.max_steps > 0) == (arguments.budget_tokens is None)
     assert not Path(training.output_dir).is_absolute()
+
+
+SHIPPED = sorted(ROOT.glob("configs/*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_fields_of_shipped_configs_are_known_to_their_command(path, monkeypatch):
+    seen = []
+    fake(monkeypatch, seen.append, name=path.parent.name)
+    assert cli.main([path.parent.name, str(path)]) == 0
+    assert seen == [[str(path)]]
 
 
 def test_script_runs_from_start_to_end(tmp_path):
