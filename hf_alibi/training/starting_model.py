@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..configuration import text_config
+from ..configuration import num_heads, text_config
 from ..conversion.settings import ConversionArguments
 from ..errors import InputError, one_line
 from ..model.anatomy import has_no_positions, is_alibi, text_decoder
@@ -41,7 +41,8 @@ def load_model(
     else:
         model = _build_fresh(args, tokenizer)
     if is_alibi(model.config):
-        attention = "nope" if has_no_positions(model.config) else "alibi"
+        # A recipe may make all heads global; its checkpoints are resumed.
+        attention = "nope" if has_no_positions(model.config) and not recipe.global_heads else "alibi"
         source = checkpoint or args.model_name_or_path or "model_config"
         if args.attention != attention:
             raise InputError(
@@ -53,6 +54,12 @@ def load_model(
                 f"{', '.join(recipe.steps())} given, but {source} is already converted; "
                 "leave them out, or give the model as it was before"
             )
+    elif args.attention == "nope" and recipe.steps():
+        raise InputError(
+            f"{', '.join(recipe.steps())} given with attention: nope, which takes no recipe; for a model without "
+            "positions by the recipe set attention: alibi and global_heads: "
+            f"{num_heads(text_config(model.config))}, all heads"
+        )
     return model
 
 

@@ -132,6 +132,17 @@ def test_the_recipe_is_seen_in_the_weights():
     assert losses["distill_epochs"] == losses["none"]
 
 
+def test_a_model_without_positions_is_made_by_the_recipe_with_all_heads_global():
+    heads = AutoModelForCausalLM.from_pretrained("stock").config.num_attention_heads
+    asked = {**RECIPE, "global_heads": heads, "save_strategy": "steps", "save_steps": 3}
+    finetune(write(**asked))
+    assert AutoModelForCausalLM.from_pretrained("run").config.alibi_slopes == [0.0] * heads
+    Path("run/metrics.json").unlink()
+    assert finetune(write(**asked, resume_from_checkpoint=True))["steps"] == 6
+    with refused(f"given with attention: nope, which takes no recipe; .* and global_heads: {heads}, all heads"):
+        finetune(write(**RECIPE, attention="nope", output_dir="other"))
+
+
 def test_distillation_is_what_was_asked_for(monkeypatch):
     seen = []
     monkeypatch.setattr("hf_alibi.conversion.recipe.distill_layers", lambda *args, **kwargs: seen.append(args[3]) or [])
