@@ -5,7 +5,7 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,14 @@ from transformers import TrainingArguments
 
 from ..conversion.settings import ConversionArguments
 from ..errors import InputError
+from ..evaluation.baselines import ALL, BASELINES, check_names
+from ..evaluation.checked_model import check_model
 from ..evaluation.protocol import OK, SLIDING
 from ..evaluation.settings import ComparisonArguments, ExtrapolateArguments
 from ..reporting.curves import Comparison, markdown_table
 from ..reporting.plots import loss_by_row, require_matplotlib
 from ..reporting.results import Results, environment, replacing, write_results
+from ..training.data import load_tokenizer, load_tokens
 from ..training.settings import AblationArguments, DataArguments, FinetuneArguments
 from ..utils import METRICS_FILE
 from .extrapolate import compare
@@ -54,6 +57,10 @@ def ablation(argv: Sequence[str]) -> Results:
         run: make_settings(_RUN, {**values, **args.rows[run[0]], "seed": run[1], "output_dir": str(folder)})
         for run, folder in runs.items()
     }
+    if comparison.lengths:
+        check_names(comparison.baselines or ())
+        for name in args.rows:
+            _check_text(comparison, name, settings[name, args.seeds[0]])
     metrics, evaluations = {}, []
     for run, folder in runs.items():
         metrics[run] = _metrics(folder, settings[run])
@@ -63,7 +70,7 @@ def ablation(argv: Sequence[str]) -> Results:
             weights.unlink()
     results: Results = {
         "kind": "ablation",
-        "settings": {"shared": values, "rows": args.rows, "control": args.control},
+        "settings": {"shared": values, "rows": args.rows, "control": args.control, "comparison": asdict(comparison)},
         "environment": environment(),
         "runs": [
             {
@@ -147,15 +154,30 @@ def _metrics(folder: Path, settings: tuple[Any, ...]) -> Mapping[str, Any]:
     return dict(metrics)
 
 
+def _check_text(comparison: ComparisonArguments, row: str, settings: Sequence[Any]) -> None:
+    """Raise InputError if the held-out text of a row does not suit its evaluation."""
+    finetuned, _, data, training = settings
+    args = _evaluated(comparison, row, Path(training.output_dir), finetuned.block_size)
+    tokenizer = load_tokenizer(data.tokenizer_name or finetuned.model_name_or_path or "")
+    args.protocol().check(len(load_tokens(data, tokenizer).held_out))
+
+
+def _evaluated(
+    comparison: ComparisonArguments, row: str, folder: Path, train_length: int, **changes: Any
+) -> ExtrapolateArguments:
+    """The settings of a row's evaluation."""
+    return ExtrapolateArguments.of(
+        replace(comparison, **changes),
+        models={row: str(folder)},
+        train_length=train_length,
+        output_dir=str(folder / _EVALUATION),
+    )
+
+
 def _evaluation(comparison: ComparisonArguments, row: str, folder: Path, settings: Sequence[Any]) -> Results:
     """The evaluation of a run, which is done now if it was not yet."""
     finetuned, _, data, _ = settings
-    args = ExtrapolateArguments.of(
-        comparison,
-        models={row: str(folder)},
-        train_length=finetuned.block_size,
-        output_dir=str(folder / _EVALUATION),
-    )
+    args = _evaluated(comparison, row, folder, finetuned.block_size)
     file = Path(args.output_dir, "results.json")
     if file.is_file():
         results: Results = json.loads(file.read_text(encoding="utf-8"))
@@ -163,9 +185,12 @@ def _evaluation(comparison: ComparisonArguments, row: str, folder: Path, setting
         if all(results.get(part, {}).get(name) == value for part in given for name, value in given[part].items()):
             return results
     elif list(folder.glob(_WEIGHTS)):
-        return compare(args, data)
+        # Of the baselines those that are made for this row's model.
+        shell = check_model(row, str(folder), dtype=args.dtype, attn_implementation=None).shell
+        fitting = [name for name in comparison.baselines or () if name == ALL or BASELINES[name].fits(shell)]
+        return compare(_evaluated(comparison, row, folder, finetuned.block_size, baselines=fitting), data)
     raise InputError(
-        f"{folder} holds a run without this evaluation, and no weights; give another output_dir, or remove it"
+        f"{folder} holds a run without this evaluation, and no weights; give another output_dir, or remove that run"
     )
 
 

@@ -212,6 +212,7 @@ def test_an_ablation_is_a_run_for_each_row_and_seed():
 def test_an_ablation_also_evaluates_at_lengths(monkeypatch):
     asked = {"rows": ROWS, "seeds": [1, 2], "output_dir": "ablation", **COMPARISON, "lengths": [32, 512]}
     asked |= {"scored_tokens": 32, "probes": ["passkey"], "probe_cases": 1, "probe_lengths": [200], "stride": 4}
+    asked |= {"baselines": ["sliding_window"]}  # made for the unconverted row alone
     results = ablation(write(**asked))
     means = {(row["row"], row["value"], row["length"]): row["mean"] for row in results["by_length"]}
     for name in ROWS:
@@ -229,6 +230,8 @@ def test_an_ablation_also_evaluates_at_lengths(monkeypatch):
     assert "| row | perplexity at 32 | perplexity at 512 | passkey at 200 |" in table
     assert f"| sink | {means['sink', 'perplexity', 32]:.2f} | {means['sink', 'perplexity', 512]:.2f} | 0% |" in table
     assert "| control, cropped to 32 |" in table
+    assert "| control, window of 32 |" in table
+    assert "sink, window" not in table
     assert not list(Path("ablation").rglob("*.safetensors"))
     monkeypatch.setattr("hf_alibi.commands.ablation.compare", lambda *args: pytest.fail("evaluated again"))
     assert ablation(write(**asked))["by_length"] == results["by_length"]
@@ -267,6 +270,8 @@ def test_complete_runs_are_not_repeated(monkeypatch):
         (ablation, {"rows": ROWS, "control": "other"}, "control is 'other'; the rows are control, none, sink"),
         (ablation, {"rows": {"a b": {}, "a-b": {}}}, "do not have folders of their own"),
         (ablation, {"rows": {"a": {"sink_token": 1}}}, "unknown field 'sink_token'"),
+        (ablation, {"rows": ROWS, "lengths": [32, 64], "scored_tokens": 6400, "stride": 4}, "more text, fewer scored"),
+        (ablation, {"rows": ROWS, "lengths": [32], "baselines": ["yarn"]}, "baselines names 'yarn'; allowed"),
     ],
 )
 def test_what_cannot_be_is_refused_before_training(command, values, message):
@@ -284,6 +289,7 @@ def test_every_row_of_the_shipped_ablations_is_valid(name, monkeypatch):
         raise InputError("enough")
 
     monkeypatch.setattr("hf_alibi.commands.ablation.train", train)
+    monkeypatch.setattr("hf_alibi.commands.ablation._check_text", lambda *settings: None)
     with pytest.raises(InputError, match="enough"):
         ablation(
             [str(CONFIGS / f"ablation/{name}.yaml"), *([] if name == "gpt2-small" else ["--train_file", "text.txt"])]
