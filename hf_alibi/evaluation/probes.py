@@ -104,7 +104,7 @@ def _reason_not_to_ask(text: ProbeText, probe: Probe, task: str, length: int, kn
     if length < (shortest := text.shortest(task)):
         return f"a prompt of this task has up to {shortest} tokens"
     if known is not None and (known.found or 0) < KNOWN * known.cases:
-        return f"only {known.found} of {known.cases} right at {known.length} tokens: the model does not know the task"
+        return f"{known.found} of {known.cases} right at {known.length} tokens: the model does not know the task"
     return None
 
 

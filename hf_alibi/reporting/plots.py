@@ -157,12 +157,11 @@ def probe_map(results: Results, path: Path, *, task: str) -> None:
         panel.set_yticks(range(len(probe["depths"])), [f"{depth:.0%}" for depth in probe["depths"]], fontsize=8)
     for panel in panels.flat[len(names) :]:
         panel.set_axis_off()
+    figure.suptitle(f"{TASKS[task].plural.capitalize()} found", fontsize=10)
     figure.supxlabel("length of the prompt (tokens)", fontsize=10)
     figure.supylabel("depth of the answer", fontsize=10)
     if image is not None:
-        figure.colorbar(
-            image, ax=panels, label=f"{TASKS[task].plural} found", format="{x:.0%}", fraction=0.05, aspect=25
-        )
+        figure.colorbar(image, ax=panels, label="found", format="{x:.0%}", fraction=0.05, aspect=25)
     _save(figure, path)
 
 

@@ -341,7 +341,7 @@ def test_a_model_is_asked_no_longer_prompts_of_a_task_that_it_does_not_know(toke
     assert rows["multikey", 700].found == 0
     last = rows["multikey", 1000]
     assert (last.found, last.low, last.status) == (None, None, "not asked")
-    assert last.reason == "only 0 of 6 right at 700 tokens: the model does not know the task"
+    assert last.reason == "0 of 6 right at 700 tokens: the model does not know the task"
 
 
 def test_half_of_the_cases_are_enough_to_know_a_task(tokenizer, text):

@@ -244,7 +244,7 @@ class TestProbes:
     def test_tasks_have_tables_of_their_own_and_say_who_was_not_asked(self, written):
         results = results_with_keys((10, 1))
         others = with_keys(results_of(), {ALIBI: (2, 0)}, lengths=[128, 2048], task="tracking")["probes"]["rows"]
-        reason = "only 4 of 20 right at 128 tokens: the model does not know the task"
+        reason = "4 of 20 right at 128 tokens: the model does not know the task"
         blank = {"found": None, "low": None, "high": None, "status": "not asked", "reason": reason}
         others = [{**row, **blank} if row["length"] == 2048 else row for row in others]
         probes = results["probes"]
