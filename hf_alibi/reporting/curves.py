@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..evaluation.protocol import CROPPED, FULL, NON_OVERLAPPING, SLIDING
+from ..evaluation.probes import KNOWN
+from ..evaluation.protocol import CROPPED, FULL, NON_OVERLAPPING, OK, SLIDING
 
 __all__ = [
     "Comparison",
@@ -31,9 +32,20 @@ class Comparison(dict[str, Any]):
             return f"Sliding window, stride {self.stride_words()}"
         return {NON_OVERLAPPING: "Non-overlapping windows"}.get(protocol, protocol)
 
-    def probe_tasks(self) -> list[str]:
-        """The tasks that models were asked."""
-        return list(self["probes"]["tasks"]) if "probes" in self else []
+    def probe_tasks(self, *, known: bool = True) -> list[str]:
+        """The tasks that models were asked.
+
+        If they were asked only what they know, without the tasks that no model knows; with `known` False, these.
+        """
+        if "probes" not in self:
+            return []
+        probe = self["probes"]
+        right = {
+            row["task"]
+            for row in probe["rows"]
+            if row["depth"] is None and row["status"] == OK and row["found"] >= KNOWN * row["cases"]
+        }
+        return [task for task in probe["tasks"] if (not probe["if_known"] or task in right) == known]
 
     def stride_words(self) -> str:
         """How far a sliding window moves on, in words."""

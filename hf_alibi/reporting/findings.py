@@ -215,7 +215,11 @@ def _probes(results: Comparison, model: str, *, read: bool) -> str:
             f"Whether **{model}** finds what stands far back in its context is not known: no probe was run "
             "(`probe_cases`)."
         )
-    return " ".join(_probe(results, model, task, read=read) for task in results.probe_tasks())
+    sentences = [_probe(results, model, task, read=read) for task in results.probe_tasks()]
+    if unknown := results.probe_tasks(known=False):
+        tasks = listed([TASKS[task].plural for task in unknown])
+        sentences.append(f"No model knows how to find {tasks} in short prompts, so none was asked in long ones.")
+    return " ".join(sentences)
 
 
 def _probe(results: Comparison, model: str, task: str, *, read: bool) -> str:

@@ -299,6 +299,9 @@ def _probes(results: Comparison) -> Iterator[str]:
         if reasons := _bullets(list(_reasons(results, task))):
             yield reasons
         yield f"![{plural} found by depth and length, one panel a model]({task}.png)"
+    if unknown := results.probe_tasks(known=False):
+        yield f"No model knows these tasks: {listed([TASKS[task].plural for task in unknown])}."
+        yield _bullets([reason for task in unknown for reason in _reasons(results, task)])
 
 
 def _reasons(results: Comparison, task: str) -> Iterator[str]:
@@ -309,7 +312,7 @@ def _reasons(results: Comparison, task: str) -> Iterator[str]:
             name = results.curve_name(row["model"], row["context"])
             found.setdefault((name, row["reason"]), []).append(row["length"])
     for (name, reason), lengths in found.items():
-        yield f"{name} was not asked at {listed(lengths)} tokens: {reason}."
+        yield f"{name} was not asked for {TASKS[task].plural} at {listed(lengths)} tokens: {reason}."
 
 
 def _position_text(results: Comparison) -> str:

@@ -241,21 +241,42 @@ class TestProbes:
         said = "**alibi** was asked for passkeys at none of the lengths: learned position table has 128 rows."
         assert says(written(results), "none of the lengths") == said
 
-    def test_tasks_have_tables_of_their_own_and_say_who_was_not_asked(self, written):
-        results = results_with_keys((10, 1))
-        others = with_keys(results_of(), {ALIBI: (2, 0)}, lengths=[128, 2048], task="tracking")["probes"]["rows"]
-        reason = "4 of 20 right at 128 tokens: the model does not know the task"
-        blank = {"found": None, "low": None, "high": None, "status": "not asked", "reason": reason}
-        others = [{**row, **blank} if row["length"] == 2048 else row for row in others]
-        probes = results["probes"]
-        probes |= {"tasks": ["passkey", "tracking"], "if_known": True, "rows": [*probes["rows"], *others]}
-        text = written(results)
+    @pytest.fixture
+    def asked(self):
+        """Passkeys, which the model knows, and chains of variables, of which it finds so many in short prompts."""
+
+        def results(found):
+            first = results_with_keys((10, 1))
+            second = with_keys(results_of(), {ALIBI: (found, 0)}, lengths=[128, 2048], task="tracking")
+            rows = [*first["probes"]["rows"], *second["probes"]["rows"]]
+            first["probes"] |= {"tasks": ["passkey", "tracking"], "if_known": True, "rows": rows}
+            return first
+
+        return results
+
+    def test_tasks_have_tables_of_their_own(self, written, asked):
+        text = written(asked(5))
         assert "| alibi | 100% [84%, 100%] | 10% [3%, 30%] |" in text
         assert "| chains of variables found | 128 | 2048 |" in text
-        assert "| alibi | 20% [8%, 42%] | not asked |" in text
-        assert f"- alibi was not asked at 2048 tokens: {reason}." in text
-        assert "Of chains of variables **alibi** finds 4 of 20 [8%, 42%] at 128 tokens: it does not know" in text
+        assert "| alibi | 50% [30%, 70%] | 0% [0%, 16%] |" in text
+        assert "Of chains of variables **alibi** finds 10 of 20 [30%, 70%] at 128 tokens" in text
         assert "(tracking.png)" in text
+        assert "knows" not in says(text, "Of passkeys")
+
+    def test_tasks_that_no_model_knows_have_none_and_are_named(self, written, asked):
+        results = asked(2)
+        reason = "4 of 20 right at 128 tokens: the model does not know the task"
+        for row in results["probes"]["rows"]:
+            if row["task"] == "tracking" and row["length"] == 2048:
+                row |= {"found": None, "low": None, "high": None, "status": "not asked", "reason": reason}
+        text = written(results)
+        assert "No model knows these tasks: chains of variables." in text
+        assert f"- alibi was not asked for chains of variables at 2048 tokens: {reason}." in text
+        assert says(text, "Of passkeys").endswith(
+            "No model knows how to find chains of variables in short prompts, so none was asked in long ones."
+        )
+        assert "tracking.png" not in text
+        assert "| alibi | 100% [84%, 100%] | 10% [3%, 30%] |" in text
 
 
 def test_a_model_that_cannot_run_is_in_the_tables(text):
