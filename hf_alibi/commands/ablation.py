@@ -21,7 +21,7 @@ from ..evaluation.settings import ComparisonArguments, ExtrapolateArguments
 from ..reporting.curves import Comparison, markdown_table
 from ..reporting.plots import loss_by_row, require_matplotlib
 from ..reporting.results import Results, environment, replacing, write_results
-from ..training.data import load_tokenizer, load_tokens
+from ..training.data import load_tokens, run_tokenizer
 from ..training.settings import AblationArguments, DataArguments, FinetuneArguments
 from ..utils import METRICS_FILE
 from .extrapolate import compare
@@ -158,16 +158,14 @@ def _check_text(comparison: ComparisonArguments, row: str, settings: Sequence[An
     """Raise InputError if the held-out text of a row does not suit its evaluation."""
     finetuned, _, data, training = settings
     args = _evaluated(comparison, row, Path(training.output_dir), finetuned.block_size)
-    tokenizer = load_tokenizer(data.tokenizer_name or finetuned.model_name_or_path or "")
+    tokenizer = run_tokenizer(data, finetuned.model_name_or_path)
     args.protocol().check(len(load_tokens(data, tokenizer).held_out))
 
 
-def _evaluated(
-    comparison: ComparisonArguments, row: str, folder: Path, train_length: int, **changes: Any
-) -> ExtrapolateArguments:
+def _evaluated(comparison: ComparisonArguments, row: str, folder: Path, train_length: int) -> ExtrapolateArguments:
     """The settings of a row's evaluation."""
     return ExtrapolateArguments.of(
-        replace(comparison, **changes),
+        comparison,
         models={row: str(folder)},
         train_length=train_length,
         output_dir=str(folder / _EVALUATION),
@@ -187,8 +185,8 @@ def _evaluation(comparison: ComparisonArguments, row: str, folder: Path, setting
     elif list(folder.glob(_WEIGHTS)):
         # Of the baselines those that are made for this row's model.
         shell = check_model(row, str(folder), dtype=args.dtype, attn_implementation=None).shell
-        fitting = [name for name in comparison.baselines or () if name == ALL or BASELINES[name].fits(shell)]
-        return compare(_evaluated(comparison, row, folder, finetuned.block_size, baselines=fitting), data)
+        fitting = [name for name in args.baselines or () if name == ALL or BASELINES[name].fits(shell)]
+        return compare(replace(args, baselines=fitting), data)
     raise InputError(
         f"{folder} holds a run without this evaluation, and no weights; give another output_dir, or remove that run"
     )

@@ -18,7 +18,7 @@ from ..reporting.curves import Comparison
 from ..reporting.findings import price
 from ..reporting.plots import require_matplotlib
 from ..reporting.results import replacing
-from ..training.data import load_tokenizer, load_tokens
+from ..training.data import load_tokens, run_tokenizer
 from ..training.model_card import CARD_FILE, model_card
 from ..training.settings import DataArguments, FinetuneArguments
 from ..training.starting_model import check_sources
@@ -86,7 +86,7 @@ def _convert(
     )
     require_matplotlib()
     check_sources(args)
-    tokenizer = load_tokenizer(data.tokenizer_name or source)
+    tokenizer = run_tokenizer(data, source)
     evaluation.protocol().check(len(load_tokens(data, tokenizer).held_out))
     # Training settles some of its arguments; the control starts from the same ones.
     of_control = copy.copy(training)

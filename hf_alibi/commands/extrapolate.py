@@ -30,7 +30,7 @@ from ..reporting.findings import findings
 from ..reporting.plots import loss_by_position, perplexity_by_length, probe_map, require_matplotlib
 from ..reporting.report import probe_rows, table_rows, write_report
 from ..reporting.results import Results, check_output_dir, environment, write_results
-from ..training.data import bos_token_id, count_bytes, document_numbers, load_tokenizer, load_tokens
+from ..training.data import bos_token_id, count_bytes, document_numbers, load_tokenizer, load_tokens, run_tokenizer
 from ..training.settings import DataArguments
 from .settings import load_settings
 
@@ -101,7 +101,7 @@ class _Text(NamedTuple):
 def _load_text(args: ExtrapolateArguments, data: DataArguments, models: Sequence[CheckedModel]) -> _Text:
     """Read the held-out text, and check that it suits the protocol and all models."""
     protocol, probe = args.protocol(), args.probe()
-    tokenizer = load_tokenizer(data.tokenizer_name or str(models[0].folder))
+    tokenizer = run_tokenizer(data, str(models[0].folder))
     held_out = load_tokens(data, tokenizer).held_out
     if not len(held_out):
         raise InputError("no text is held out; set validation_fraction above 0, or give validation_file")

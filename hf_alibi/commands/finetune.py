@@ -31,7 +31,7 @@ from ..model.verification import verify_alibi
 from ..reporting.plots import loss_curve
 from ..reporting.results import check_output_dir, environment, replacing
 from ..training.checkpoints import STATE_FILE, is_complete, last_complete_checkpoint
-from ..training.data import TokenSplit, count_bytes, load_tokenizer, load_tokens, probe_blocks
+from ..training.data import TokenSplit, count_bytes, load_tokens, probe_blocks, run_tokenizer
 from ..training.model_card import CARD_FILE, model_card
 from ..training.settings import DataArguments, FinetuneArguments
 from ..training.starting_model import check_length, check_sources, check_vocabulary, load_model, load_teacher
@@ -142,10 +142,7 @@ def _load_blocks(
             f"probe_block_size is {data.probe_block_size} and block_size {args.block_size}, so blocks would cut "
             "prompts; give both the same length"
         )
-    name = data.tokenizer_name or args.model_name_or_path
-    if name is None:
-        raise InputError("a fresh model has no tokenizer of its own; set tokenizer_name (bytes needs no download)")
-    tokenizer = load_tokenizer(name)
+    tokenizer = run_tokenizer(data, args.model_name_or_path)
     with training.main_process_first(desc="loading data"):
         tokens = load_tokens(data, tokenizer)
     train_blocks = pack_blocks(tokens.train, args.block_size, weights=data.train_weights, name="the training text")

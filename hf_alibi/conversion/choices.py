@@ -36,10 +36,11 @@ def choose(model: PreTrainedModel, recipe: ConversionArguments, measures: HeadMe
         return Choices(bool(match), sinks or 0, [])
     reasons = []
     if match is None:
-        match = measures.spread() >= _SPREAD
+        spread = measures.spread()
+        match = spread >= _SPREAD
         reasons.append(
             f"heads are {'' if match else 'not '}matched to slopes: their reaches in a layer differ by a factor of "
-            f"{measures.spread():.2f} (least that counts: {_SPREAD})"
+            f"{spread:.2f} (least that counts: {_SPREAD})"
         )
     if sinks is None:
         sinks = int(measures.first_token >= _RESTS_ON_FIRST)

@@ -147,14 +147,9 @@ class _Fit:
 
     def measure_deviations(self, batches: Sequence[Tensor]) -> None:
         """Standard deviation (width,) of each channel of the teacher's states: a few are far larger than all others."""
-        count = 0
-        sums = squares = torch.zeros(())
-        for targets in map(self._targets, batches):
-            units = torch.stack([_unit(target).double().flatten(0, 1).cpu() for target in targets])
-            count += units.shape[1]
-            sums, squares = sums + units.sum(1), squares + units.square().sum(1)
-        variances = squares / count - (sums / count).square()
-        self._deviations = list(variances.clamp(min=_LEAST_DEVIATION**2).sqrt().float())
+        moments = torch.stack([torch.stack(list(map(_moments, self._targets(batch)))) for batch in batches]).mean(0)
+        mean, square = moments.unbind(1)
+        self._deviations = list((square - mean.square()).clamp(min=_LEAST_DEVIATION**2).sqrt().float())
 
     @torch.no_grad()
     def errors(self, batches: Sequence[Tensor]) -> list[float]:
@@ -196,6 +191,12 @@ class _Fit:
 def _unit(states: Tensor) -> Tensor:
     """Hidden states as the norms after them see them: without their size, which a few tokens have most of."""
     return nn.functional.rms_norm(states.float(), states.shape[-1:])
+
+
+def _moments(states: Tensor) -> Tensor:
+    """Mean and mean square (2, width) of each channel of `_unit(states)`, float64, on the CPU."""
+    unit = _unit(states).double()
+    return torch.stack([unit.mean((0, 1)), unit.square().mean((0, 1))]).cpu()
 
 
 def _attention_parameters(model: PreTrainedModel, layer: nn.Module) -> list[nn.Parameter]:

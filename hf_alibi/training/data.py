@@ -32,6 +32,7 @@ __all__ = [
     "load_tokenizer",
     "load_tokens",
     "probe_blocks",
+    "run_tokenizer",
 ]
 
 _DIGEST = "digest"
@@ -72,6 +73,17 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"the tokenizer {name!r} has no end-of-sequence token to join documents with; set its eos_token"
         )
     return tokenizer
+
+
+def run_tokenizer(args: DataArguments, model: str | None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a run: the one that its settings name, or that of its `model`, a folder or hub name.
+
+    Raises InputError if there is neither, and for what `load_tokenizer` refuses.
+    """
+    name = args.tokenizer_name or model
+    if name is None:
+        raise InputError("a fresh model has no tokenizer of its own; set tokenizer_name (bytes needs no download)")
+    return load_tokenizer(name)
 
 
 def bos_token_id(

@@ -37,12 +37,13 @@ class TokenStream:
         start, stop, step = part.indices(len(self))
         if step != 1:
             raise ValueError(f"a stream of tokens is cut in steps of 1, and step {step} was given")
-        first = int(np.searchsorted(self._ends, start, side="right"))
+        if start >= stop:
+            return TokenStream([])
+        # Only the pieces from that of the first token to that of the last one.
+        first, last = np.searchsorted(self._ends, [start, stop - 1], side="right").tolist()
         pieces = []
-        for piece, end in zip(self._pieces[first:], self._ends[first:].tolist(), strict=True):
+        for piece, end in zip(self._pieces[first : last + 1], self._ends[first : last + 1].tolist(), strict=True):
             begin = end - len(piece)
-            if begin >= stop:
-                break
             pieces.append(piece[max(start - begin, 0) : stop - begin])
         return TokenStream(pieces)
 
