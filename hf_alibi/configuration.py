@@ -27,8 +27,10 @@ __all__ = [
     "num_heads",
     "num_key_heads",
     "original_limit",
+    "partial_layers",
     "slopes_of_layer",
     "stock_class",
+    "stock_config",
     "text_config",
     "text_config_name",
 ]
@@ -109,7 +111,7 @@ def check_sink_tokens(sink_tokens: Any) -> None:
         raise ValueError(f"alibi_sink_tokens must be {allowed}, got {sink_tokens}")
 
 
-def _partial_layers(config: Any) -> list[str]:
+def partial_layers(config: Any) -> list[str]:
     """What in a text decoder's config says that some layers see only a window or a chunk; empty if all see all."""
     kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
     if kinds is not None:
@@ -231,7 +233,7 @@ class AlibiConfig(Converted):
         scaling: Mapping[str, Any] = self.alibi_scaling or {}
         if scaling.get("type") == "dynamic" and self.alibi_train_length is None:
             raise ValueError("alibi_scaling of type 'dynamic' needs alibi_train_length, the tokens trained on")
-        partial = _partial_layers(self) if self.alibi_sink_tokens else []
+        partial = partial_layers(self) if self.alibi_sink_tokens else []
         if partial:
             raise ValueError(
                 f"alibi_sink_tokens is {self.alibi_sink_tokens}, but some self-attention layers of {self.model_type!r} "
@@ -317,6 +319,17 @@ def alibi_config(stock: PreTrainedConfig, **fields: Any) -> Any:
         _lift_limit(config)
     config.validate_alibi()
     return config
+
+
+def stock_config(config: PreTrainedConfig) -> Any:
+    """What `alibi_config` made `config` of: a copy of transformers' own class, with the limit that it had."""
+    stock: Any = copy.deepcopy(config)
+    stock.__class__ = getattr(transformers, type(config).__name__.removeprefix("Alibi"))
+    vars(stock).pop("model_type", None)
+    stock.architectures = [name.removeprefix("Alibi") for name in config.architectures or ()]
+    if (limit := getattr(config, f"alibi_original_{_LIMIT}", None)) is not None:
+        setattr(stock, _LIMIT, limit)
+    return stock
 
 
 def config_class(stock: type[PreTrainedConfig]) -> type[Converted]:

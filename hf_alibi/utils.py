@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-__all__ = ["METRICS_FILE", "Blocks", "evaluation_mode", "input_device", "progress_bar", "read_mapping"]
+__all__ = ["METRICS_FILE", "Blocks", "evaluation_mode", "input_device", "progress_bar", "read_mapping", "replacing"]
 
 # What a training leaves beside its model: every number and setting of the run.
 METRICS_FILE = "metrics.json"
@@ -59,6 +60,21 @@ def progress_bar(what: str, total: int, *, shown: bool) -> Iterator[Callable[[in
         bar.mininterval, bar.maxinterval = 30.0, 60.0
     with bar:
         yield bar.update
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; it takes the place of `path` at the end, or is removed on an error.
+
+    So a reader sees the old file or the complete new one, never half of it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_mapping(value: Any, field: str, example: str) -> dict[str, Any]:

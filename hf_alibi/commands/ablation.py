@@ -20,10 +20,10 @@ from ..evaluation.protocol import OK, SLIDING
 from ..evaluation.settings import ComparisonArguments, ExtrapolateArguments
 from ..reporting.curves import Comparison, markdown_table
 from ..reporting.plots import loss_by_row, require_matplotlib
-from ..reporting.results import Results, environment, replacing, write_results
+from ..reporting.results import Results, environment, write_results
 from ..training.data import load_tokens, run_tokenizer
 from ..training.settings import AblationArguments, DataArguments, FinetuneArguments
-from ..utils import METRICS_FILE
+from ..utils import METRICS_FILE, replacing
 from .extrapolate import compare
 from .finetune import train
 from .settings import load_settings, make_settings, resolve_settings

@@ -17,13 +17,13 @@ from ..evaluation.settings import ControlArguments, ExtrapolateArguments
 from ..reporting.curves import Comparison
 from ..reporting.findings import price
 from ..reporting.plots import require_matplotlib
-from ..reporting.results import replacing
 from ..training.data import load_tokens, run_tokenizer
 from ..training.model_card import CARD_FILE, model_card
 from ..training.settings import DataArguments, FinetuneArguments
 from ..training.starting_model import check_sources
 from .extrapolate import compare
 from .fields import read_yaml
+from ..utils import replacing
 from .finetune import conclude, train
 from .settings import load_settings, make_settings
 

@@ -29,7 +29,7 @@ from ..model.anatomy import is_alibi
 from ..model.patching import apply_alibi
 from ..model.verification import verify_alibi
 from ..reporting.plots import loss_curve
-from ..reporting.results import check_output_dir, environment, replacing
+from ..reporting.results import check_output_dir, environment
 from ..training.checkpoints import STATE_FILE, is_complete, last_complete_checkpoint
 from ..training.data import TokenSplit, count_bytes, load_tokens, probe_blocks, run_tokenizer
 from ..training.model_card import CARD_FILE, model_card
@@ -37,7 +37,7 @@ from ..training.settings import DataArguments, FinetuneArguments
 from ..training.starting_model import check_length, check_sources, check_vocabulary, load_model, load_teacher
 from ..training.token_blocks import TokenBlocks, interleave, pack_blocks
 from ..training.trainer import RateScales, check_reporters, check_weights, make_trainer
-from ..utils import METRICS_FILE
+from ..utils import METRICS_FILE, replacing
 from .settings import load_settings, resolve_settings, save_settings
 
 __all__ = ["command", "conclude", "finetune", "train"]

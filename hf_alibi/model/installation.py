@@ -20,7 +20,7 @@ from .families import counts_other_layers, refusal, stock_type
 from .own_attention import convert_own_attention
 from .positions import NoPositions, NoRotation
 
-__all__ = ["LayerConfig", "check_attention", "check_family", "install_alibi", "undone_on_error"]
+__all__ = ["LayerConfig", "check_attention", "check_family", "install_alibi", "replace_positions", "undone_on_error"]
 
 
 class LayerConfig:
@@ -114,17 +114,8 @@ def install_alibi(
         if part.loss_type is None:
             # What transformers falls back to, but with a warning on the way that torch.compile cannot trace.
             part.loss_type = "ForCausalLM"
-    ignored = set()
-    for parent, name, positions in decoder.positions:
-        if not isinstance(positions, (NoPositions, NoRotation)):
-            stand_in = NoRotation(positions) if is_rotary(positions) else NoPositions()
-            positions = stand_in.train(positions.training)
-            setattr(parent, name, positions)
-            if "token_type_ids" in parent._buffers:
-                parent.register_forward_pre_hook(_of_any_length, with_kwargs=True)
-        if isinstance(positions, NoPositions):
-            # A plain checkpoint brings its table along; that it is not loaded is the point.
-            ignored.add(rf"(^|\.){re.escape(name)}\.")
+    # A plain checkpoint brings its table along; that it is not loaded is the point.
+    ignored = {rf"(^|\.){re.escape(name)}\." for name in replace_positions(decoder)}
     known = model._keys_to_ignore_on_load_unexpected
     merged = {*(known or ()), *ignored}
     # A set, or before transformers 5.18 a list.
@@ -138,6 +129,21 @@ def install_alibi(
         if not isinstance(config, LayerConfig):
             # Past torch's own attributes: a config is neither a tensor nor a module.
             attention.__dict__["config"] = LayerConfig(config, alibi, layer)
+
+
+def replace_positions(decoder: TextDecoder) -> set[str]:
+    """Put what makes no positions in the place of everything that makes them; returns the names of tables."""
+    tables = set()
+    for parent, name, positions in decoder.positions:
+        if not isinstance(positions, (NoPositions, NoRotation)):
+            stand_in = NoRotation(positions) if is_rotary(positions) else NoPositions()
+            positions = stand_in.train(positions.training)
+            setattr(parent, name, positions)
+            if "token_type_ids" in parent._buffers:
+                parent.register_forward_pre_hook(_of_any_length, with_kwargs=True)
+        if isinstance(positions, NoPositions):
+            tables.add(name)
+    return tables
 
 
 def _of_any_length(embeddings: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

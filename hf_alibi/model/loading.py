@@ -12,7 +12,7 @@ from transformers.utils import CONFIG_NAME
 
 from ..errors import InputError, one_line
 
-__all__ = ["check_safetensors", "check_source", "load_complete", "why_not_loaded"]
+__all__ = ["check_safetensors", "check_source", "load_complete", "weight_files", "why_not_loaded"]
 
 
 def why_not_loaded(error: Exception) -> str:
@@ -76,10 +76,14 @@ def check_safetensors(folder: Path) -> None:
 
     Raises FileNotFoundError for a missing file; OSError, ValueError, KeyError or SafetensorError for a broken one.
     """
-    index = folder / "model.safetensors.index.json"
-    shards = ["model.safetensors"]
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    for shard in shards:
-        with safe_open(folder / shard, framework="pt"):
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt"):
             pass
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint, by its index if it has one; they need not exist."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]

@@ -14,7 +14,8 @@ from ..errors import InputError
 from ..evaluation.probe_tasks import TASKS
 from ..evaluation.protocol import CROPPED, FULL, NON_OVERLAPPING, OK, SLIDING
 from .curves import Comparison
-from .results import Results, replacing
+from ..utils import replacing
+from .results import Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,7 +16,8 @@ from .curves import (
 )
 from .findings import findings
 from .html_page import html_page
-from .results import Results, replacing
+from ..utils import replacing
+from .results import Results
 
 __all__ = ["probe_rows", "table_rows", "write_report"]
 

@@ -5,8 +5,7 @@ import json
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,13 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from ..utils import replacing
 
 __all__ = [
     "SCHEMA_VERSION",
     "Results",
     "check_output_dir",
     "environment",
-    "replacing",
     "write_results",
 ]
 
@@ -88,21 +87,6 @@ def check_output_dir(folder: Path) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"output_dir {folder} cannot be written ({reason}); give a writable folder") from error
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; it takes the place of `path` at the end, or is removed on an error.
-
-    So a reader sees the old file or the complete new one, never half of it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_results(results: Results, folder: Path, name: str = "results") -> tuple[Path, Path]:

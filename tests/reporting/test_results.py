@@ -11,7 +11,8 @@ import pytest
 
 from helpers.runs import refused
 from hf_alibi.reporting import results as module
-from hf_alibi.reporting.results import check_output_dir, environment, replacing, write_results
+from hf_alibi.reporting.results import check_output_dir, environment, write_results
+from hf_alibi.utils import replacing
 
 STATUS = "cannot run: 8 rows"
 ROWS = [

@@ -1,0 +1,76 @@
+"""The folder of a converted model that is to leave for another engine, checked before anything is written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig
+
+from ..errors import InputError, one_line
+from ..model.loading import check_safetensors, weight_files
+from .targets import TARGETS
+
+__all__ = ["Source", "check_new", "check_space", "open_source"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A complete checkpoint of a converted causal language model."""
+
+    folder: Path
+    config: Any
+    """Its ALiBi config."""
+    shapes: dict[str, tuple[int, ...]]
+    """Of every weight, by its name."""
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and values of every weight, one at a time."""
+        for file in weight_files(self.folder):
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118: it is no mapping
+                    yield name, opened.get_tensor(name)
+
+
+def open_source(folder: str | Path, target: str) -> Source:
+    """Check that `folder` holds a complete converted model which `target`, a name in `TARGETS`, can run.
+
+    Raises InputError if not.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"{folder}: there is no such folder; give the folder of a converted model")
+    try:
+        config: Any = AutoConfig.from_pretrained(folder)
+        check_safetensors(folder)
+    except Exception as error:  # whatever transformers and safetensors raise for broken files
+        raise InputError(f"cannot read the model in {folder} ({one_line(error)}); give a complete checkpoint") from error
+    if (reason := TARGETS[target].refusal(config)) is not None:
+        raise InputError(f"{TARGETS[target].engine} cannot run {folder}: {reason}")
+    shapes = {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as opened:
+            shapes.update({name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()})  # noqa: SIM118
+    return Source(folder, config, shapes)
+
+
+def check_new(path: Path) -> None:
+    """Raise InputError if `path` exists."""
+    if path.exists():
+        raise InputError(f"{path} exists; give another name, or delete it first")
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raise InputError if the disk has no room for `needed` bytes at `path`; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise InputError(
+            f"{path} takes {needed / 2**20:,.0f} MiB, and the disk has {free / 2**20:,.0f} MiB left; free some, or "
+            "write elsewhere"
+        )

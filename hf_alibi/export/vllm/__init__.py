@@ -1,0 +1,1 @@
+"""vLLM's plugin: it serves converted models as they are saved."""
