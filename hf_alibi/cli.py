@@ -23,8 +23,8 @@ class _Command(NamedTuple):
     summary: str
     run: str
     """Module and function, which is given the words after the command."""
-    settings: tuple[str, ...]
-    """Module and dataclass of the package's own fields."""
+    settings: tuple[str, ...] = ()
+    """Module and dataclass of the package's own fields; none if the command parses its words itself."""
     trains: bool = False
     """Whether it also takes the fields of `transformers.TrainingArguments`."""
 
@@ -60,11 +60,15 @@ _COMMANDS = {
         "commands.benchmark:benchmark",
         ("benchmark.settings:BenchmarkArguments",),
     ),
+    "export": _Command("write a converted model for llama.cpp or ONNX Runtime", "commands.export:command"),
+    "verify": _Command("compare vLLM, llama.cpp or ONNX Runtime with transformers", "commands.verify:command"),
 }
 
 _USAGE = "\n".join(
     [
         "usage: hf-alibi COMMAND [CONFIG.yaml] [--field value ...]",
+        "       hf-alibi export TARGET FOLDER OUT [--field value ...]",
+        "       hf-alibi verify TARGET FOLDER [FILE] [--field value ...]",
         "",
         "commands:",
         *(f"  {name:<13} {command.summary}" for name, command in _COMMANDS.items()),
@@ -98,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, rest = words[0], words[1:]
     try:
         _check_readable(rest)
-        if {"-h", "--help", "--help-all"} & set(rest):
+        if _COMMANDS[name].settings and {"-h", "--help", "--help-all"} & set(rest):
             out.print(_help(name, everything="--help-all" in rest, width=out.width))
         else:
             _run(_COMMANDS[name], rest)
@@ -121,6 +125,9 @@ def _check_readable(words: Sequence[str]) -> None:
 
 def _run(command: _Command, argv: Sequence[str]) -> None:
     """Check the names of all fields, which takes a fraction of a second, and run."""
+    if not command.settings:
+        _load(command.run)(argv)
+        return
     own = field_names(_load(path) for path in command.settings)
     check_names(*split_argv(argv), [*own, *(training_fields() if command.trains else ())])
     logging.getLogger("hf_alibi").setLevel(logging.ERROR)  # commands train what they convert

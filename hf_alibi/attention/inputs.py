@@ -104,7 +104,7 @@ def visible_keys(attention_mask: Tensor | Visible | None, query: Tensor, key: Ha
         own = torch.arange(queries, device=allowed.device)
     elif queries > 1:
         first_sees, any_sees = (visible_range(part)[1] for part in (allowed[:, :, 0], allowed.any(dim=2)))
-        own = own_keys(first_sees, any_sees.amax() + 1, queries, keys)
+        own = own_keys(first_sees, any_sees.max() + 1, queries, keys)
     return Visible(allowed, None if is_bool else attention_mask, own)
 
 

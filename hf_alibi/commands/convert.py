@@ -21,9 +21,9 @@ from ..training.data import load_tokens, run_tokenizer
 from ..training.model_card import CARD_FILE, model_card
 from ..training.settings import DataArguments, FinetuneArguments
 from ..training.starting_model import check_sources
+from ..utils import replacing
 from .extrapolate import compare
 from .fields import read_yaml
-from ..utils import replacing
 from .finetune import conclude, train
 from .settings import load_settings, make_settings
 

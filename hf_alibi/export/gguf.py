@@ -7,7 +7,6 @@ biases of a LLaMA's MLP, llama.cpp would leave out without a word: such weights 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -256,22 +255,11 @@ def _write(writer: Any, source: Source, tensors: list[_Tensor], progress: bool) 
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    read = _reader(source)
     with progress_bar("writing weights", len(tensors), shown=progress) as advance:
         for tensor in tensors:
-            values = read(tensor.weight)
+            values = source.read(tensor.weight)
             writer.write_tensor_data(_encode(values.T if tensor.transposed else values, tensor))
             advance(1)
-
-
-def _reader(source: Source) -> Callable[[str], Tensor]:
-    from safetensors import safe_open
-
-    from ..model.loading import weight_files
-
-    opened = [safe_open(file, framework="pt") for file in weight_files(source.folder)]
-    where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118: it is no mapping
-    return lambda name: where[name].get_tensor(name)
 
 
 def _encode(values: Tensor, tensor: _Tensor) -> Any:

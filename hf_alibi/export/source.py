@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,14 @@ class Source:
     shapes: dict[str, tuple[int, ...]]
     """Of every weight, by its name."""
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and values of every weight, one at a time."""
-        for file in weight_files(self.folder):
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118: it is no mapping
-                    yield name, opened.get_tensor(name)
+    files: dict[str, Path]
+    """Where every weight is."""
+
+    def read(self, weight: str) -> Tensor:
+        """The values of one weight."""
+        with safe_open(self.files[weight], framework="pt") as opened:
+            values: Tensor = opened.get_tensor(weight)
+        return values
 
 
 def open_source(folder: str | Path, target: str) -> Source:
@@ -49,14 +50,17 @@ def open_source(folder: str | Path, target: str) -> Source:
         config: Any = AutoConfig.from_pretrained(folder)
         check_safetensors(folder)
     except Exception as error:  # whatever transformers and safetensors raise for broken files
-        raise InputError(f"cannot read the model in {folder} ({one_line(error)}); give a complete checkpoint") from error
+        raise InputError(
+            f"cannot read the model in {folder} ({one_line(error)}); give a complete checkpoint"
+        ) from error
     if (reason := TARGETS[target].refusal(config)) is not None:
         raise InputError(f"{TARGETS[target].engine} cannot run {folder}: {reason}")
-    shapes = {}
+    shapes, files = {}, {}
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as opened:
-            shapes.update({name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()})  # noqa: SIM118
-    return Source(folder, config, shapes)
+            for name in opened.keys():  # noqa: SIM118
+                shapes[name], files[name] = tuple(opened.get_slice(name).get_shape()), file
+    return Source(folder, config, shapes, files)
 
 
 def check_new(path: Path) -> None:

@@ -54,12 +54,17 @@ class Target:
         return None
 
 
+# Families with transformers' plain attention, on plain caches.
+_DECODERS = (
+    *("gpt2", "llama", "mistral", "qwen2", "qwen3", "olmo", "olmo2", "smollm3", "granite", "phi3", "starcoder2"),
+    *("stablelm", "helium", "gpt_neox", "cohere", "gemma", "seed_oss", "opt"),
+)
 _LLAMA_SHAPED = ("llama", "mistral", "qwen2")
 
 TARGETS = {
     "vllm": Target(
         engine="vLLM",
-        families=("gpt2", *_LLAMA_SHAPED, "olmo", "olmo2", "qwen3", "smollm3","granite","phi3","starcoder2","stablelm","olmo3","helium","gpt_neox","cohere","gemma","seed_oss","opt"),
+        families=tuple(family for family in _DECODERS if family != "helium"),  # vLLM has no class for it
         tensor_parallel="yes",
     ),
     "gguf": Target(
@@ -67,6 +72,12 @@ TARGETS = {
         families=("gpt2", *_LLAMA_SHAPED),
         any_slopes=False,
         quantised="q8_0",
+    ),
+    "onnx": Target(
+        engine="ONNX Runtime",
+        families=_DECODERS,
+        sink_tokens=True,
+        dynamic_scaling=True,
     ),
 }
 """By the name that `hf-alibi export` and `hf-alibi verify` take."""
@@ -78,5 +89,3 @@ def layer_slopes(config: Any) -> list[list[float]]:
     rows = [slopes_of_layer(config.alibi_slopes, layer) or plain for layer in range(config.num_hidden_layers)]
     scaled = [scale_slopes(torch.tensor(row, dtype=torch.float32), config.alibi_scaling) for row in rows]
     return [row.tolist() for row in scaled]
-
-

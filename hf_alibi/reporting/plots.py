@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import InputError
 from ..evaluation.probe_tasks import TASKS
 from ..evaluation.protocol import CROPPED, FULL, NON_OVERLAPPING, OK, SLIDING
-from .curves import Comparison
 from ..utils import replacing
+from .curves import Comparison
 from .results import Results
 
 if TYPE_CHECKING:

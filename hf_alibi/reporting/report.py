@@ -7,6 +7,7 @@ from typing import Any
 from ..evaluation.probe_tasks import TASKS
 from ..evaluation.probes import NOT_ASKED
 from ..evaluation.protocol import CANNOT_RUN, CROPPED, NON_OVERLAPPING, OK, SLIDING
+from ..utils import replacing
 from .curves import (
     Comparison,
     format_interval,
@@ -16,7 +17,6 @@ from .curves import (
 )
 from .findings import findings
 from .html_page import html_page
-from ..utils import replacing
 from .results import Results
 
 __all__ = ["probe_rows", "table_rows", "write_report"]

@@ -44,7 +44,7 @@ class _NoTable(nn.Module):
 
 
 # By the name that vLLM's own classes give to what makes positions.
-_STAND_INS = {"rotary_emb": _NoRotation, "wpe": _NoTable}
+_STAND_INS = {"rotary_emb": _NoRotation, "wpe": _NoTable, "embed_positions": _NoTable}
 
 
 class AlibiServed:
@@ -62,7 +62,9 @@ class AlibiServed:
         slopes = layer_slopes(config)
         # Built as what it was before the conversion, with positions, which are then taken out.
         with _attention_with(slopes):
-            super().__init__(vllm_config=vllm_config.with_hf_config(stock_config(config)), prefix=prefix, **kwargs)
+            super().__init__(  # type: ignore[call-arg]
+                vllm_config=vllm_config.with_hf_config(stock_config(config)), prefix=prefix, **kwargs
+            )
         _take_positions_out(self)
         _check(self, slopes)  # type: ignore[arg-type]
 

@@ -22,7 +22,7 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
-    class _Checked(VerifyAndUpdateConfig):  # type: ignore[misc]
+    class _Checked(VerifyAndUpdateConfig):
         """What is known before any weights are read."""
 
         @staticmethod

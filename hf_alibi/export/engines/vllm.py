@@ -1,0 +1,89 @@
+"""vLLM with this package's plugin, on whatever device it is built for."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoConfig
+
+from . import Continuation
+
+__all__ = ["Vllm", "open_engine"]
+
+# Tokens that are read at a time: prompts that are longer are cut, which is part of what is compared.
+_CHUNK = 512
+
+
+class Vllm:
+    """A folder that vLLM serves in float32."""
+
+    def __init__(self, folder: Path, longest: int, tensor_parallel: int) -> None:
+        """Load `folder` with room for `longest` tokens, on that many ranks."""
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(_gibibytes(folder, longest)))
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        import vllm
+
+        self.version = f"vLLM {vllm.__version__}"
+        self._params = vllm.SamplingParams
+        self._llm: Any = vllm.LLM(
+            str(folder),
+            dtype="float32",
+            skip_tokenizer_init=True,
+            max_model_len=longest,
+            max_num_seqs=4,
+            max_num_batched_tokens=_CHUNK,
+            max_logprobs=-1,
+            logprobs_mode="raw_logits",
+            tensor_parallel_size=tensor_parallel,
+        )
+
+    def continued(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Continuation]:
+        """As the protocol says, in one continuous batch."""
+        params = self._params(
+            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=-1, flat_logprobs=True
+        )
+        given = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        return [_continuation(found.outputs[0]) for found in self._llm.generate(given, params, use_tqdm=False)]
+
+    def prompt_logits(self, prompt: Sequence[int]) -> Any:
+        """As the protocol says: what it would continue each beginning of the prompt with."""
+        beginnings = [prompt[: length + 1] for length in range(len(prompt))]
+        return np.concatenate([found.logits for found in self.continued(beginnings, 1)])
+
+    def tokenized(self, text: str) -> list[int] | None:
+        """None: it uses the tokenizer of the folder."""
+        return None
+
+    def close(self) -> None:
+        """End the engine's process."""
+        self._llm.llm_engine.engine_core.shutdown()
+
+
+def _continuation(output: Any) -> Continuation:
+    ids, flat = list(output.token_ids), output.logprobs
+    rows = []
+    for first, last in zip(flat.start_indices, flat.end_indices, strict=True):
+        numbers = np.array(flat.token_ids[first:last])
+        row = np.full(numbers.max() + 1, np.nan, np.float32)
+        row[numbers] = flat.logprobs[first:last]
+        rows.append(row)
+    return Continuation(ids, np.stack(rows))
+
+
+def _gibibytes(folder: Path, tokens: int) -> int:
+    """What the cache of a CPU needs for two sequences of that many tokens, in float32."""
+    config: Any = AutoConfig.from_pretrained(folder)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    needed: float = 2 * tokens * config.num_hidden_layers * 2 * heads * width * 4 / 2**30
+    return math.ceil(needed) + 1
+
+
+def open_engine(folder: Path, file: Path, longest: int, tensor_parallel: int) -> Vllm:
+    """Serve `folder`, which is also `file`."""
+    return Vllm(folder, longest, tensor_parallel)

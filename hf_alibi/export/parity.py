@@ -1,0 +1,244 @@
+"""Does an engine compute what transformers does? Greedy continuations and their logits, side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from ..errors import InputError, VerificationError
+from ..model.anatomy import has_no_positions
+from ..model.loading import load_complete
+from ..utils import evaluation_mode
+from .engines import Continuation, Engine
+from .source import open_source
+
+__all__ = ["verify_export"]
+
+# Prompts up to this length are continued in one batch.
+_TOGETHER = 2048
+# Without the bias, logits must differ by this many bounds, or the prompts could not tell.
+_CONTROL = 10.0
+# How much more the perplexity of a file with rounded weights may be, as a share.
+_PERPLEXITY = 0.02
+_PERPLEXITY_TOKENS = 2048
+# Characters of the text that both tokenizers are given.
+_TOKENIZED = 20_000
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How a target is compared."""
+
+    engine: str
+    """Module in `engines`."""
+    package: str
+    """What has to be installed for it."""
+    has_file: bool
+
+    def bound(self, config: Any) -> float:
+        """Largest difference of logits that rounding explains, in float32."""
+        if self.engine == "llama_cpp":
+            # GELU comes from a table in f16.
+            return 2e-2 if config.model_type == "alibi_gpt2" else 2e-4
+        return 5e-4
+
+
+_KINDS = {
+    "vllm": _Kind("vllm", "vllm", has_file=False),
+    "gguf": _Kind("llama_cpp", "llama-cpp-python", has_file=True),
+    "onnx": _Kind("onnx_runtime", "onnxruntime", has_file=True),
+}
+
+
+def verify_export(
+    target: str,
+    folder: str | Path,
+    file: str | Path | None = None,
+    *,
+    lengths: Sequence[int] | None = None,
+    new_tokens: int = 16,
+    text_file: str | Path | None = None,
+    tensor_parallel: int = 1,
+) -> dict[str, Any]:
+    """Compare an engine's logits and greedy text with those of transformers, in float32.
+
+    Prompts are read in chunks; those of up to 2,048 tokens are one batch, padded if the engine pads. A file with
+    rounded weights (f16, q8_0, ...) is compared by its perplexity on the first 2,048 tokens, which needs `text_file`.
+
+    Args:
+        target: "vllm", "gguf" or "onnx".
+        folder: of the converted model.
+        file: what was exported; None for vLLM, which serves the folder.
+        lengths: of the prompts, in tokens; None for 10, 1,000, and 100 past the limit that the model had.
+        new_tokens: how many are written after each prompt.
+        text_file: text that prompts are the beginning of; None for random tokens.
+        tensor_parallel: ranks of vLLM.
+
+    Returns "engine", "bound", "control" (the least difference that leaving the bias out makes at any length; None for
+    a model without positions), and "rows", one for each length: "tokens", "difference" (the largest of any logit) and
+    "same_text"; or "engine", "bound" and "perplexity" of both. Raises VerificationError if the engine differs by more
+    than its bound or writes another text, InputError for what cannot be compared.
+    """
+    if target not in _KINDS:
+        raise InputError(f"target is {target!r}; it must be one of {', '.join(_KINDS)}")
+    kind = _KINDS[target]
+    if kind.has_file != (file is not None):
+        raise InputError(
+            f"{target} compares the exported file: give it after the folder"
+            if kind.has_file
+            else f"vLLM serves the folder itself: leave {file} out"
+        )
+    path = Path(folder if file is None else file).expanduser()
+    if not path.exists():
+        raise InputError(f"{path}: there is no such file; export it first, by `hf-alibi export {target}`")
+    if new_tokens < 1 or any(length < 1 for length in lengths or ()):
+        raise InputError(f"lengths {lengths} and new_tokens {new_tokens} must be at least 1")
+    source = open_source(folder, target)
+    engine_module = _import(kind)
+    limit = source.config.alibi_original_max_position_embeddings or 1024
+    lengths = sorted(set(lengths or (10, 1000, limit + 100)))
+    rounded = target == "gguf" and _is_rounded(path)
+    text = _text(source.folder, text_file, source.config.vocab_size, _PERPLEXITY_TOKENS if rounded else lengths[-1])
+    if rounded and text_file is None:
+        raise InputError(f"{path} has rounded weights, which are compared by perplexity: give --text_file")
+    model = load_complete(source.folder, dtype=torch.float32, attn_implementation="sdpa", name=f"{folder}")
+    room = max(lengths[-1] + new_tokens, _PERPLEXITY_TOKENS)
+    engine: Engine = engine_module.open_engine(source.folder, path, room, tensor_parallel)
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            _same_tokens(engine, source.folder, text_file)
+            if rounded:
+                return _compare_perplexity(engine, model, text)
+            bound = kind.bound(source.config)
+            return _compare(engine, model, [text[:length] for length in lengths], new_tokens, bound)
+    finally:
+        engine.close()
+
+
+def _import(kind: _Kind) -> Any:
+    """The module of an engine; raises InputError without its package."""
+    try:
+        import_module(kind.package.replace("-python", "").replace("-", "_"))
+    except ImportError as error:
+        raise InputError(f"{kind.package} cannot be imported ({error}); pip install {kind.package}") from error
+    return import_module(f"{__package__}.engines.{kind.engine}")
+
+
+def _is_rounded(file: Path) -> bool:
+    """Whether a GGUF file has weights that are not f32."""
+    from gguf import GGUFReader
+
+    return any(tensor.tensor_type.name != "F32" for tensor in GGUFReader(file).tensors)
+
+
+def _text(folder: Path, text_file: str | Path | None, words: int, length: int) -> list[int]:
+    """The first `length` tokens of a text, or random ones."""
+    if text_file is None:
+        return torch.randint(words, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids: list[int] = AutoTokenizer.from_pretrained(folder)(_read(text_file), verbose=False).input_ids
+    if len(ids) < length:
+        raise InputError(f"{text_file} has {len(ids)} tokens, and {length} are compared; give more text, or --lengths")
+    return ids[:length]
+
+
+def _read(text_file: str | Path) -> str:
+    try:
+        return Path(text_file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {text_file}: {error}") from error
+
+
+def _same_tokens(engine: Engine, folder: Path, text_file: str | Path | None) -> None:
+    """Raise VerificationError if the engine's own tokenizer cuts the beginning of the text otherwise."""
+    if text_file is None:
+        return
+    text = _read(text_file)[:_TOKENIZED]
+    found = engine.tokenized(text)
+    expected = AutoTokenizer.from_pretrained(folder)(text, verbose=False).input_ids
+    if found not in (None, expected):
+        raise VerificationError(
+            f"{engine.version} makes {len(found or ())} tokens of the first {len(text):,} characters of {text_file}, "
+            f"and not the {len(expected)} of transformers"
+        )
+
+
+def _compare(
+    engine: Engine, model: PreTrainedModel, prompts: list[list[int]], new_tokens: int, bound: float
+) -> dict[str, Any]:
+    together = [prompt for prompt in prompts if len(prompt) <= _TOGETHER]
+    batches = [together] * bool(together) + [[prompt] for prompt in prompts if len(prompt) > _TOGETHER]
+    rows, controls = [], []
+    for batch in batches:
+        for prompt, found in zip(batch, engine.continued(batch, new_tokens), strict=True):
+            expected = _expected(model, prompt, found)
+            rows.append(
+                {
+                    "tokens": len(prompt),
+                    "difference": (torch.from_numpy(found.logits) - expected).abs().max().item(),
+                    "same_text": expected.argmax(dim=-1).tolist() == found.ids,
+                }
+            )
+            controls.append(None if has_no_positions(model.config) else _without_bias(model, prompt, found, expected))
+    result: dict[str, Any] = {"engine": engine.version, "bound": bound, "rows": rows}
+    result["control"] = None if None in controls else min(control for control in controls if control is not None)
+    _judge(result)
+    return result
+
+
+def _expected(model: PreTrainedModel, prompt: list[int], found: Continuation) -> Tensor:
+    """Logits of transformers, (tokens, vocabulary), at the places of the engine's."""
+    ids = torch.tensor([[*prompt, *found.ids[:-1]]])
+    logits: Tensor = model(input_ids=ids, logits_to_keep=len(found.ids), use_cache=False).logits[0]
+    return logits
+
+
+def _without_bias(model: PreTrainedModel, prompt: list[int], found: Continuation, expected: Tensor) -> float:
+    """How much logits change if the model runs without its bias: what the comparison would see then."""
+    config: Any = model.config
+    slopes = config.alibi_slopes
+    config.alibi_slopes = [0.0] * config.num_attention_heads
+    try:
+        return (_expected(model, prompt, found) - expected).abs().max().item()
+    finally:
+        config.alibi_slopes = slopes
+
+
+def _judge(result: dict[str, Any]) -> None:
+    """Raise VerificationError unless every row is within the bound, and the control far outside."""
+    engine, bound = result["engine"], result["bound"]
+    if result["control"] is not None and result["control"] < _CONTROL * bound:
+        raise VerificationError(
+            f"these prompts cannot tell whether the bias is there: without it logits change by "
+            f"{result['control']:.1e}, and the bound is {bound:.0e}; give longer ones"
+        )
+    for row in result["rows"]:
+        if not row["difference"] <= bound:
+            raise VerificationError(
+                f"{engine} differs from transformers by {row['difference']:.1e} after {row['tokens']:,} tokens; "
+                f"rounding explains {bound:.0e}"
+            )
+        if not row["same_text"]:
+            raise VerificationError(f"{engine} writes another text than transformers after {row['tokens']:,} tokens")
+
+
+def _compare_perplexity(engine: Engine, model: PreTrainedModel, text: list[int]) -> dict[str, Any]:
+    expected = _perplexity(model(input_ids=torch.tensor([text]), use_cache=False).logits[0], text)
+    found = _perplexity(torch.from_numpy(engine.prompt_logits(text)), text)
+    if not found <= (1 + _PERPLEXITY) * expected:
+        raise VerificationError(
+            f"{engine.version} has perplexity {found:.3f} with these weights, transformers {expected:.3f} with the "
+            f"whole ones: more than {_PERPLEXITY:.0%} above; choose a type with more bits"
+        )
+    return {"engine": engine.version, "bound": _PERPLEXITY, "perplexity": {"engine": found, "transformers": expected}}
+
+
+def _perplexity(logits: Tensor, text: list[int]) -> float:
+    return math.exp(torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(text[1:])).item())
