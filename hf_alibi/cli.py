@@ -109,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, OSError) as error:
         err.print(f"hf-alibi: error: {' '.join(str(error).split())}")
         return 1
+    except SystemExit as stop:  # of argparse, in commands that parse their words themselves
+        return int(stop.code or 0)
     except KeyboardInterrupt:
         err.print("hf-alibi: interrupted")
         return _INTERRUPTED

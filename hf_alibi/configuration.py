@@ -325,7 +325,8 @@ def stock_config(config: PreTrainedConfig) -> Any:
     """What `alibi_config` made `config` of: a copy of transformers' own class, with the limit that it had."""
     stock: Any = copy.deepcopy(config)
     stock.__class__ = getattr(transformers, type(config).__name__.removeprefix("Alibi"))
-    vars(stock).pop("model_type", None)
+    for name in ("model_type", *_FIELDS):
+        vars(stock).pop(name, None)
     stock.architectures = [name.removeprefix("Alibi") for name in config.architectures or ()]
     if (limit := getattr(config, f"alibi_original_{_LIMIT}", None)) is not None:
         setattr(stock, _LIMIT, limit)

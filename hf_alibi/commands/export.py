@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from ..export.gguf import TYPES, export_gguf
-from ..export.onnx import export_onnx
+from ..export.names import GGUF_TYPES
 
 __all__ = ["command"]
 
@@ -22,7 +21,7 @@ def command(argv: Sequence[str]) -> None:
     gguf = targets.add_parser("gguf", help="a file for stock llama.cpp")
     gguf.add_argument("folder", metavar="FOLDER", help="of the converted model")
     gguf.add_argument("out", metavar="OUT.gguf", help="the file to write; it must not exist")
-    gguf.add_argument("--type", choices=TYPES, default="f16", help="of the weights [f16]")
+    gguf.add_argument("--type", choices=GGUF_TYPES, default="f16", help="of the weights [f16]")
     gguf.add_argument(
         "--context_length",
         type=int,
@@ -39,6 +38,8 @@ def command(argv: Sequence[str]) -> None:
     onnx.add_argument("out", metavar="OUT", help="the folder to write; it must not exist")
     args = parser.parse_args(argv)
     if args.target == "gguf":
+        from ..export.gguf import export_gguf
+
         out = export_gguf(
             args.folder,
             args.out,
@@ -48,6 +49,8 @@ def command(argv: Sequence[str]) -> None:
             progress=True,
         )
     else:
+        from ..export.onnx import export_onnx
+
         out = export_onnx(args.folder, args.out)
     Console(markup=False, highlight=False, soft_wrap=True).print(
         f"Wrote {out}. Compare it with transformers by: hf-alibi verify {args.target} {args.folder} {out}"

@@ -9,8 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import InputError, VerificationError
-from ..export.parity import verify_export
-from ..export.targets import TARGETS
+from ..export.names import TARGET_NAMES
 
 __all__ = ["command"]
 
@@ -21,7 +20,7 @@ def command(argv: Sequence[str]) -> None:
         prog="hf-alibi verify",
         description="Compare logits and greedy text of an engine with those of transformers, in float32.",
     )
-    parser.add_argument("target", metavar="TARGET", choices=tuple(TARGETS), help=f"one of {', '.join(TARGETS)}")
+    parser.add_argument("target", metavar="TARGET", choices=TARGET_NAMES, help=f"one of {', '.join(TARGET_NAMES)}")
     parser.add_argument("folder", metavar="FOLDER", help="of the converted model")
     parser.add_argument("file", metavar="FILE", nargs="?", help="what was exported; nothing for vllm")
     parser.add_argument(
@@ -34,6 +33,8 @@ def command(argv: Sequence[str]) -> None:
     parser.add_argument("--text_file", help="prompts are its beginning [random tokens]")
     parser.add_argument("--tensor_parallel", type=int, default=1, help="ranks of vLLM [1]")
     args = vars(parser.parse_args(argv))
+    from ..export.parity import verify_export
+
     out = Console(markup=False, highlight=False, soft_wrap=True)
     try:
         out.print(_report(verify_export(**args)))
@@ -50,6 +51,10 @@ def _report(result: Mapping[str, Any]) -> str:
         )
     lines = [f"{'tokens':>8}  largest difference of logits  same greedy text"]
     for row in result["rows"]:
-        lines.append(f"{row['tokens']:>8,}  {row['difference']:>28.1e}  {'yes' if row['same_text'] else 'no':>16}")
+        lines.append(
+            f"{row['tokens']:>8,}  {row['difference']:>28.1e}  {'yes' if row['same_text'] else 'to a tie':>16}"
+        )
+        if row["rounding"] is not None:
+            lines.append(f"{'':>10}from float64, of which transformers in float32 is off by {row['rounding']:.1e}")
     control = "" if result["control"] is None else f"; without the bias it would be {result['control']:.1e} or more"
     return "\n".join([*lines, f"{result['engine']} agrees with transformers within {result['bound']:.0e}{control}"])

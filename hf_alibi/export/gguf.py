@@ -18,12 +18,10 @@ from torch import Tensor
 from ..errors import InputError
 from ..utils import progress_bar, replacing
 from .gguf_tokenizer import add_tokenizer, read_tokenizer
+from .names import GGUF_TYPES
 from .source import Source, check_new, check_space, open_source
 
-__all__ = ["TYPES", "export_gguf"]
-
-TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-"""What weights may be stored as. Vectors are always f32."""
+__all__ = ["export_gguf"]
 
 # Paper's ALiBi: slopes from 2^(-8/n) on.
 _MAX_BIAS = 8.0
@@ -122,7 +120,7 @@ def export_gguf(
     Args:
         folder: of the converted model, with its tokenizer.
         out: the file to write; it must not exist.
-        type: of the weights, one of `TYPES`. Rows that a quantised type cannot divide are f16.
+        type: of the weights, one of `GGUF_TYPES`. Rows that a quantised type cannot divide are f16.
         context_length: tokens that llama.cpp makes room for by default; None for the limit that the model had before.
         tokenizer: whether the file has one. Without, engines take token ids only.
         progress: whether to show a bar.
@@ -132,8 +130,8 @@ def export_gguf(
     """
     out = Path(out).expanduser()
     check_new(out)
-    if type not in TYPES:
-        raise InputError(f"type is {type!r}; it must be one of {', '.join(TYPES)}")
+    if type not in GGUF_TYPES:
+        raise InputError(f"type is {type!r}; it must be one of {', '.join(GGUF_TYPES)}")
     if context_length is not None and context_length < 1:
         raise InputError(f"context_length is {context_length}; it must be at least 1 token")
     source = open_source(folder, "gguf")
@@ -203,7 +201,8 @@ def _expected(config: Any, architecture: _Architecture, found: dict[str, _Tensor
             names += [f"{name.replace('{n}', str(layer))}.weight" for layer in layers]
     if missing := [name for name in names if name not in found]:
         raise InputError(f"the checkpoint lacks {len(missing)} weights ({missing[0]} of the GGUF file, ...)")
-    return sorted(found, key=lambda name: [int(part) if part.isdigit() else -1 for part in name.split(".")[1:2]])
+    # Parts of no layer have a word where the others have their number.
+    return sorted(found, key=lambda name: (int(number) if (number := name.split(".")[1]).isdigit() else -1, name))
 
 
 def _stored(shape: tuple[int, ...], type: str, gguf: Any) -> tuple[Any, tuple[int, ...]]:

@@ -17,8 +17,8 @@ from ..errors import InputError, VerificationError
 from ..model.anatomy import has_no_positions
 from ..model.loading import load_complete
 from ..utils import evaluation_mode
-from .engines import Continuation, Engine
-from .source import open_source
+from .engines.engine import Continuation, Engine
+from .source import Source, open_source
 
 __all__ = ["verify_export"]
 
@@ -26,6 +26,8 @@ __all__ = ["verify_export"]
 _TOGETHER = 2048
 # Without the bias, logits must differ by this many bounds, or the prompts could not tell.
 _CONTROL = 10.0
+# Where float32 in transformers is further from float64 than the bound, an engine may be this many times as far.
+_MAGNIFIED = 4.0
 # How much more the perplexity of a file with rounded weights may be, as a share.
 _PERPLEXITY = 0.02
 _PERPLEXITY_TOKENS = 2048
@@ -84,34 +86,24 @@ def verify_export(
 
     Returns "engine", "bound", "control" (the least difference that leaving the bias out makes at any length; None for
     a model without positions), and "rows", one for each length: "tokens", "difference" (the largest of any logit) and
-    "same_text"; or "engine", "bound" and "perplexity" of both. Raises VerificationError if the engine differs by more
-    than its bound or writes another text, InputError for what cannot be compared.
+    "same_text" (False if two tokens were equally likely within the bound). Some tokens magnify any rounding: if the
+    difference is above the bound, both are compared with float64, where the engine may be off by four times what
+    transformers is, which is "rounding". Or "engine", "bound" and "perplexity" of both.
+
+    Raises VerificationError if the engine differs by more or writes another text, InputError for what cannot be
+    compared.
     """
-    if target not in _KINDS:
-        raise InputError(f"target is {target!r}; it must be one of {', '.join(_KINDS)}")
-    kind = _KINDS[target]
-    if kind.has_file != (file is not None):
-        raise InputError(
-            f"{target} compares the exported file: give it after the folder"
-            if kind.has_file
-            else f"vLLM serves the folder itself: leave {file} out"
-        )
-    path = Path(folder if file is None else file).expanduser()
-    if not path.exists():
-        raise InputError(f"{path}: there is no such file; export it first, by `hf-alibi export {target}`")
-    if new_tokens < 1 or any(length < 1 for length in lengths or ()):
-        raise InputError(f"lengths {lengths} and new_tokens {new_tokens} must be at least 1")
+    kind, path = _checked(target, folder, file, min(new_tokens, *(lengths or (1,))))
     source = open_source(folder, target)
     engine_module = _import(kind)
-    limit = source.config.alibi_original_max_position_embeddings or 1024
-    lengths = sorted(set(lengths or (10, 1000, limit + 100)))
     rounded = target == "gguf" and _is_rounded(path)
-    text = _text(source.folder, text_file, source.config.vocab_size, _PERPLEXITY_TOKENS if rounded else lengths[-1])
     if rounded and text_file is None:
-        raise InputError(f"{path} has rounded weights, which are compared by perplexity: give --text_file")
+        raise InputError(f"{path} has rounded weights, which are compared by perplexity: give text_file")
+    limit = source.config.alibi_original_max_position_embeddings or 1024
+    lengths = (_PERPLEXITY_TOKENS,) if rounded else sorted(set(lengths or (10, 1000, limit + 100)))
+    text = _text(source, text_file, lengths[-1])
     model = load_complete(source.folder, dtype=torch.float32, attn_implementation="sdpa", name=f"{folder}")
-    room = max(lengths[-1] + new_tokens, _PERPLEXITY_TOKENS)
-    engine: Engine = engine_module.open_engine(source.folder, path, room, tensor_parallel)
+    engine: Engine = engine_module.open_engine(source.folder, path, lengths[-1] + new_tokens, tensor_parallel)
     try:
         with evaluation_mode(model), torch.no_grad():
             _same_tokens(engine, source.folder, text_file)
@@ -121,6 +113,22 @@ def verify_export(
             return _compare(engine, model, [text[:length] for length in lengths], new_tokens, bound)
     finally:
         engine.close()
+
+
+def _checked(target: str, folder: str | Path, file: str | Path | None, least: int) -> tuple[_Kind, Path]:
+    """How a target is compared, and what its engine is given. Raises InputError if that cannot be."""
+    if target not in _KINDS:
+        raise InputError(f"target is {target!r}; it must be one of {', '.join(_KINDS)}")
+    kind = _KINDS[target]
+    if kind.has_file != (file is not None):
+        ask = f"{target} compares an exported file: give it after the folder"
+        raise InputError(ask if kind.has_file else f"vLLM serves the folder itself: leave {file} out")
+    path = Path(folder if file is None else file).expanduser()
+    if not path.exists():
+        raise InputError(f"{path}: there is no such file; write it by `hf-alibi export {target}`")
+    if least < 1:
+        raise InputError(f"lengths and new_tokens must be at least 1, got {least}")
+    return kind, path
 
 
 def _import(kind: _Kind) -> Any:
@@ -139,11 +147,12 @@ def _is_rounded(file: Path) -> bool:
     return any(tensor.tensor_type.name != "F32" for tensor in GGUFReader(file).tensors)
 
 
-def _text(folder: Path, text_file: str | Path | None, words: int, length: int) -> list[int]:
+def _text(source: Source, text_file: str | Path | None, length: int) -> list[int]:
     """The first `length` tokens of a text, or random ones."""
     if text_file is None:
-        return torch.randint(words, (length,), generator=torch.Generator().manual_seed(0)).tolist()
-    ids: list[int] = AutoTokenizer.from_pretrained(folder)(_read(text_file), verbose=False).input_ids
+        words, generator = source.config.vocab_size, torch.Generator().manual_seed(0)
+        return torch.randint(words, (length,), generator=generator).tolist()
+    ids: list[int] = AutoTokenizer.from_pretrained(source.folder)(_read(text_file), verbose=False).input_ids
     if len(ids) < length:
         raise InputError(f"{text_file} has {len(ids)} tokens, and {length} are compared; give more text, or --lengths")
     return ids[:length]
@@ -179,13 +188,7 @@ def _compare(
     for batch in batches:
         for prompt, found in zip(batch, engine.continued(batch, new_tokens), strict=True):
             expected = _expected(model, prompt, found)
-            rows.append(
-                {
-                    "tokens": len(prompt),
-                    "difference": (torch.from_numpy(found.logits) - expected).abs().max().item(),
-                    "same_text": expected.argmax(dim=-1).tolist() == found.ids,
-                }
-            )
+            rows.append(_row(model, prompt, found, expected, bound))
             controls.append(None if has_no_positions(model.config) else _without_bias(model, prompt, found, expected))
     result: dict[str, Any] = {"engine": engine.version, "bound": bound, "rows": rows}
     result["control"] = None if None in controls else min(control for control in controls if control is not None)
@@ -198,6 +201,30 @@ def _expected(model: PreTrainedModel, prompt: list[int], found: Continuation) ->
     ids = torch.tensor([[*prompt, *found.ids[:-1]]])
     logits: Tensor = model(input_ids=ids, logits_to_keep=len(found.ids), use_cache=False).logits[0]
     return logits
+
+
+def _row(
+    model: PreTrainedModel, prompt: list[int], found: Continuation, expected: Tensor, bound: float
+) -> dict[str, Any]:
+    """What the comparison of one continuation gives: see `verify_export`."""
+    logits = torch.from_numpy(found.logits)
+    difference, rounding, allowed = (logits - expected).abs().amax(dim=-1), None, torch.tensor(bound)
+    if not (difference <= bound).all():
+        # Some tokens magnify any rounding, that of transformers as well: float64 says by how much.
+        exact = _expected(model.double(), prompt, found)
+        model.float()
+        difference, rounding = ((values - exact).abs().amax(dim=-1) for values in (logits, expected))
+        allowed = (_MAGNIFIED * rounding).clamp(min=bound)
+    chosen = expected.gather(1, torch.tensor(found.ids)[:, None])[:, 0]
+    behind = expected.amax(dim=-1) - chosen
+    return {
+        "tokens": len(prompt),
+        "difference": difference.max().item(),
+        "rounding": None if rounding is None else rounding.max().item(),
+        "same_text": not behind.any().item(),
+        "within": bool((difference <= allowed).all()),
+        "tied": bool((behind <= 2 * allowed).all()),
+    }
 
 
 def _without_bias(model: PreTrainedModel, prompt: list[int], found: Continuation, expected: Tensor) -> float:
@@ -220,12 +247,14 @@ def _judge(result: dict[str, Any]) -> None:
             f"{result['control']:.1e}, and the bound is {bound:.0e}; give longer ones"
         )
     for row in result["rows"]:
-        if not row["difference"] <= bound:
+        within, tied = row.pop("within"), row.pop("tied")
+        own = f", where float32 itself is off by {row['rounding']:.1e}" if (row["rounding"] or 0.0) > bound else ""
+        if not within:
             raise VerificationError(
-                f"{engine} differs from transformers by {row['difference']:.1e} after {row['tokens']:,} tokens; "
+                f"{engine} differs from transformers by {row['difference']:.1e} after {row['tokens']:,} tokens{own}; "
                 f"rounding explains {bound:.0e}"
             )
-        if not row["same_text"]:
+        if not tied:
             raise VerificationError(f"{engine} writes another text than transformers after {row['tokens']:,} tokens")
 
 

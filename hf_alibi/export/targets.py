@@ -9,8 +9,9 @@ import torch
 
 from ..configuration import partial_layers, slopes_of_layer
 from ..slopes import alibi_slopes, scale_slopes
+from .names import GGUF_TYPES
 
-__all__ = ["TARGETS", "Target", "layer_slopes"]
+__all__ = ["TARGETS", "Target", "layer_slopes", "support_table"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Target:
     dynamic_scaling: bool = False
     windows: bool = False
     """Whether layers may see a sliding window only."""
-    quantised: str = "no"
-    """Which types its files may have, or which of the engine's quantisations were tried."""
+    weights: str = "float32"
+    """Types of the weights."""
     tensor_parallel: str = "no"
 
     def refusal(self, config: Any) -> str | None:
@@ -65,13 +66,14 @@ TARGETS = {
     "vllm": Target(
         engine="vLLM",
         families=tuple(family for family in _DECODERS if family != "helium"),  # vLLM has no class for it
+        weights="any that vLLM has; float32 and bfloat16 were run",
         tensor_parallel="yes",
     ),
     "gguf": Target(
         engine="llama.cpp",
         families=("gpt2", *_LLAMA_SHAPED),
         any_slopes=False,
-        quantised="q8_0",
+        weights=", ".join(GGUF_TYPES),
     ),
     "onnx": Target(
         engine="ONNX Runtime",
@@ -80,7 +82,7 @@ TARGETS = {
         dynamic_scaling=True,
     ),
 }
-"""By the name that `hf-alibi export` and `hf-alibi verify` take."""
+"""By the name that `hf-alibi export` and `hf-alibi verify` take; see `TARGET_NAMES`."""
 
 
 def layer_slopes(config: Any) -> list[list[float]]:
@@ -89,3 +91,25 @@ def layer_slopes(config: Any) -> list[list[float]]:
     rows = [slopes_of_layer(config.alibi_slopes, layer) or plain for layer in range(config.num_hidden_layers)]
     scaled = [scale_slopes(torch.tensor(row, dtype=torch.float32), config.alibi_scaling) for row in rows]
     return [row.tolist() for row in scaled]
+
+
+def support_table() -> str:
+    """The table of docs/export.md."""
+
+    def said(allowed: bool) -> str:
+        return "yes" if allowed else "refused"
+
+    targets = TARGETS.values()
+    rows = {
+        "": [target.engine for target in targets],
+        "families": [", ".join(target.families) for target in targets],
+        "the paper's slopes": ["yes" for _ in targets],
+        "other slopes, `linear` and `ntk` scaling, global heads": [said(target.any_slopes) for target in targets],
+        "`dynamic` scaling": [said(target.dynamic_scaling) for target in targets],
+        "sink tokens": [said(target.sink_tokens) for target in targets],
+        "layers with a sliding window": [said(target.windows) for target in targets],
+        "weights": [target.weights for target in targets],
+        "tensor parallel": [target.tensor_parallel for target in targets],
+    }
+    lines = [f"| {' | '.join([name, *cells])} |" for name, cells in rows.items()]
+    return "\n".join([lines[0], "| --- " * (len(TARGETS) + 1) + "|", *lines[1:]])

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import Continuation
+from .engine import Continuation
 
 __all__ = ["LlamaCpp", "open_engine"]
 

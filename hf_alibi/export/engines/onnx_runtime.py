@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..onnx import MODEL_FILE
-from . import Continuation
+from .engine import Continuation
 
 __all__ = ["OnnxRuntime", "open_engine"]
 

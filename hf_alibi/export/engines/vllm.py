@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 
-from . import Continuation
+from .engine import Continuation
 
 __all__ = ["Vllm", "open_engine"]
 

@@ -1,0 +1,65 @@
+"""Converted checkpoints to export, with a byte-level BPE tokenizer, as GPT-2's, SmolLM's, Llama 3's or Qwen2's."""
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import hf_alibi
+from helpers.models import stock_config
+
+TEXT = "The 1st of 12 heads reads what is near; the 12th doesn't, it reads 345 tokens back.\n\n  Über naïve “quotes”… "
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+
+
+def _split(pattern):
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+CUTS = {
+    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    "llama-bpe": _split(LLAMA3),
+    "qwen2": _split(LLAMA3.replace("{1,3}", "")),
+}
+"""By llama.cpp's names."""
+
+
+def tokenizer(cut="gpt-2"):
+    """A tokenizer of some 300 tokens, three of them added."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = CUTS[cut], decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator([TEXT] * 3, trainer)
+    made.add_tokens(["<think>"])
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=template
+    )
+
+
+def converted(folder, family="llama", *, config=None, cut="gpt-2", conversion=None, **changes):
+    """Save a small converted model whose every weight is random, with a tokenizer, and return the model."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 320, "initializer_range": 0.1, "max_position_embeddings": 64}
+    if family == "gpt2":
+        sizes["n_positions"] = sizes.pop("max_position_embeddings")
+    model = AutoModelForCausalLM.from_config(config or stock_config(family, 6, **{**sizes, **changes})).eval()
+    for name, values in model.named_parameters():
+        if values.ndim == 1:
+            torch.nn.init.normal_(values, mean=0.0 if name.endswith("bias") else 1.0, std=0.2)
+    hf_alibi.apply_alibi(model, **(conversion or {}))
+    model.save_pretrained(folder)
+    if cut is not None:
+        tokenizer(cut).save_pretrained(folder)
+    return model
