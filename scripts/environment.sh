@@ -1,8 +1,8 @@
 # Sourced by demo.sh and test.sh: goes to the project's root and makes .venv ready, once for each set of requirements.
 # With TRANSFORMERS=5.12 in the environment, the same in an environment of its own with that version of transformers;
-# with GROUP=tools, in one that also has the packages of tests/tools/requirements.txt.
+# with GROUP=tools, in one that also has the packages of tests/tools/requirements.txt (or GROUP=engines/vllm, ...).
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-venv=.venv${TRANSFORMERS:+-transformers-$TRANSFORMERS}${GROUP:+-$GROUP}
+venv=.venv${TRANSFORMERS:+-transformers-$TRANSFORMERS}${GROUP:+-${GROUP//\//-}}
 group=${GROUP:+tests/$GROUP/requirements.txt}
 stamp=$venv/.installed-$(cat pyproject.toml constraints.txt $group | cksum | cut -d' ' -f1)
 if [ ! -e "$stamp" ]; then
@@ -19,8 +19,11 @@ if [ ! -e "$stamp" ]; then
         echo "transformers==$TRANSFORMERS" >> "$venv/constraints.txt"
     fi
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-        --constraint "${TRANSFORMERS:+$venv/}constraints.txt" --editable '.[dev,gguf]' \
+        --constraint "${TRANSFORMERS:+$venv/}constraints.txt" --editable '.[dev,gguf,onnx]' \
         ${group:+--requirement "$group"}
+    if [ -n "$group" ] && [ -e "tests/$GROUP/after_install.sh" ]; then
+        (. "$venv/bin/activate" && . "tests/$GROUP/after_install.sh")
+    fi
     touch "$stamp"
 fi
 . "$venv/bin/activate"

@@ -38,13 +38,14 @@ class _WithCache(nn.Module):
         self.model = model
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, past: list[tuple[Tensor, Tensor]]
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Logits (batch, new tokens, vocabulary), and keys and values of all tokens for each layer.
 
         Args:
             input_ids: int64 (batch, new tokens).
             attention_mask: int64 (batch, past and new tokens), 0 for padding.
+            position_ids: int64 (batch, new tokens), which nothing reads: optimum gives them to these families.
             past: keys and values of each layer, (batch, key heads, past tokens, head_dim).
         """
         cache = DynamicCache(config=self.model.config)
@@ -111,16 +112,17 @@ def _write_graph(model: PreTrainedModel, file: Path) -> None:
             warnings.simplefilter("ignore")  # of torch about itself
             torch.onnx.export(
                 _WithCache(model).eval(),
-                (ids[:, :_NEW], torch.ones(_BATCH, _PAST + _NEW, dtype=torch.long), past),
+                (ids[:, :_NEW], torch.ones(_BATCH, _PAST + _NEW, dtype=torch.long), ids[:, :_NEW], past),
                 str(file),
                 dynamo=True,
                 verbose=False,
                 external_data=True,
-                input_names=["input_ids", "attention_mask", *cache_names("past_key_values", len(past))],
+                input_names=["input_ids", "attention_mask", "position_ids", *cache_names("past_key_values", len(past))],
                 output_names=["logits", *cache_names("present", len(past))],
                 dynamic_shapes={
                     "input_ids": {0: _BATCH_SIZE, 1: _LENGTH},
                     "attention_mask": {0: _BATCH_SIZE, 1: "total_sequence_length"},
+                    "position_ids": {0: _BATCH_SIZE, 1: _LENGTH},
                     "past": [(sizes, sizes) for _ in past],
                 },
             )

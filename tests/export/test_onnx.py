@@ -31,6 +31,7 @@ def test_the_folder_is_what_optimum_loads(family, tmp_path):
     assert inputs == {
         "input_ids": ["batch_size", "sequence_length"],
         "attention_mask": ["batch_size", "total_sequence_length"],
+        "position_ids": ["batch_size", "sequence_length"],
         **{f"past_key_values.{layer}.{part}": cache for layer in range(2) for part in ("key", "value")},
     }
     outputs = {value.name: sizes(value) for value in graph.output}

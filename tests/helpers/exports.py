@@ -2,7 +2,7 @@
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import hf_alibi
 from helpers.models import stock_config
@@ -46,6 +46,35 @@ def tokenizer(cut="gpt-2"):
     return PreTrainedTokenizerFast(
         tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=template
     )
+
+
+_SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 192,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.1,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+_OF_FAMILIES = {
+    "gpt2": {"n_embd": 192, "n_head": 6, "n_layer": 3, "n_positions": 64},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 192, "init_std": 0.1},
+    "mistral": {"sliding_window": None},
+    **{family: {"head_dim": 32} for family in ("qwen3", "gemma", "helium", "seed_oss")},
+}
+
+
+def wide_config(family, **changes):
+    """A small config with heads 32 wide, which is the least that vLLM's attention on the CPU has."""
+    sizes = {name: value for name, value in _SIZES.items() if family != "gpt2" or "num" not in name}
+    for name in ("hidden_size", "intermediate_size", "max_position_embeddings") * (family == "gpt2"):
+        del sizes[name]
+    return CONFIG_MAPPING[family](**{**sizes, **_OF_FAMILIES.get(family, {}), **changes})
 
 
 def converted(folder, family="llama", *, config=None, cut="gpt-2", conversion=None, **changes):

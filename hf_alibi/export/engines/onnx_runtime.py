@@ -29,7 +29,8 @@ class OnnxRuntime:
         self._empty = {name: (shape[1], 0, shape[3]) for name, shape in shapes.items() if name.startswith("past")}
 
     def _run(self, ids: Any, mask: Any, past: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        logits, *present = self._session.run(None, {"input_ids": ids, "attention_mask": mask, **past})
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": np.zeros_like(ids), **past}
+        logits, *present = self._session.run(None, given)
         return logits, dict(zip(past, present, strict=True))
 
     def _read(self, ids: Any, mask: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
