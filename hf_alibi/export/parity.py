@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ..errors import InputError, VerificationError
 from ..model.anatomy import has_no_positions
 from ..model.loading import load_complete
-from ..utils import evaluation_mode
+from ..utils import evaluation_mode, progress_bar
 from .engines.engine import Continuation, Engine
 from .source import Source, open_source
 
@@ -53,6 +53,24 @@ class _Kind:
         return 5e-4
 
 
+@dataclass(frozen=True)
+class _Row:
+    """What the comparison of one continuation gives."""
+
+    tokens: int
+    """Length of the prompt."""
+    difference: float
+    """The largest of any logit."""
+    rounding: float | None
+    """The largest of transformers' own float32 from float64; None if nothing asked for it."""
+    control: float | None
+    """The largest that leaving the bias out would make; None in a model without positions."""
+    same_text: bool
+    """Whether every token is the likeliest in transformers: False if two were equally likely within the bound."""
+    is_within: bool
+    is_likeliest: bool
+
+
 _KINDS = {
     "vllm": _Kind("vllm", "vllm", has_file=False),
     "gguf": _Kind("llama_cpp", "llama-cpp-python", has_file=True),
@@ -69,11 +87,12 @@ def verify_export(
     new_tokens: int = 16,
     text_file: str | Path | None = None,
     tensor_parallel: int = 1,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Compare an engine's logits and greedy text with those of transformers, in float32.
 
-    Prompts are read in chunks; those of up to 2,048 tokens are one batch, padded if the engine pads. A file with
-    rounded weights (f16, q8_0, ...) is compared by its perplexity on the first 2,048 tokens, which needs `text_file`.
+    Prompts are read in chunks; those of up to 2,048 tokens are one batch, padded if the engine pads. A file of rounded
+    weights (f16, q8_0, ...) is compared by its perplexity on the first 2,048 tokens of `text_file`.
 
     Args:
         target: "vllm", "gguf" or "onnx".
@@ -83,12 +102,13 @@ def verify_export(
         new_tokens: how many are written after each prompt.
         text_file: text that prompts are the beginning of; None for random tokens.
         tensor_parallel: ranks of vLLM.
+        progress: whether to show a bar.
 
-    Returns "engine", "bound", "control" (the least difference that leaving the bias out makes at any length; None for
-    a model without positions), and "rows", one for each length: "tokens", "difference" (the largest of any logit) and
-    "same_text" (False if two tokens were equally likely within the bound). Some tokens magnify any rounding: if the
-    difference is above the bound, both are compared with float64, where the engine may be off by four times what
-    transformers is, which is "rounding". Or "engine", "bound" and "perplexity" of both.
+    Returns "engine" (its name and version), "bound", and "rows", one for each length: "tokens"; "difference", the
+    largest of any logit; "control", what it would be without the bias; "same_text", False if two tokens were equally
+    likely within the bound. Some tokens magnify any rounding: if the difference is above the bound, both are compared
+    with float64, where the engine may be off by four times what transformers is, which is "rounding". For rounded
+    weights "engine", "bound" and "perplexity" of both.
 
     Raises VerificationError if the engine differs by more or writes another text, InputError for what cannot be
     compared.
@@ -109,8 +129,13 @@ def verify_export(
             _same_tokens(engine, source.folder, text_file)
             if rounded:
                 return _compare_perplexity(engine, model, text)
-            bound = kind.bound(source.config)
-            return _compare(engine, model, [text[:length] for length in lengths], new_tokens, bound)
+            rows, bound = [], kind.bound(source.config)
+            with progress_bar("comparing prompts", len(lengths), shown=progress) as advance:
+                for row in _compare(engine, model, [text[:length] for length in lengths], new_tokens, bound):
+                    _judge(engine, bound, row)
+                    rows.append(asdict(row))
+                    advance(1)
+            return {"engine": engine.version, "bound": bound, "rows": rows}
     finally:
         engine.close()
 
@@ -181,19 +206,13 @@ def _same_tokens(engine: Engine, folder: Path, text_file: str | Path | None) -> 
 
 def _compare(
     engine: Engine, model: PreTrainedModel, prompts: list[list[int]], new_tokens: int, bound: float
-) -> dict[str, Any]:
+) -> Iterator[_Row]:
+    """What the comparison of each continuation gives, shorter prompts first and in one batch."""
     together = [prompt for prompt in prompts if len(prompt) <= _TOGETHER]
     batches = [together] * bool(together) + [[prompt] for prompt in prompts if len(prompt) > _TOGETHER]
-    rows, controls = [], []
     for batch in batches:
         for prompt, found in zip(batch, engine.continued(batch, new_tokens), strict=True):
-            expected = _expected(model, prompt, found)
-            rows.append(_row(model, prompt, found, expected, bound))
-            controls.append(None if has_no_positions(model.config) else _without_bias(model, prompt, found, expected))
-    result: dict[str, Any] = {"engine": engine.version, "bound": bound, "rows": rows}
-    result["control"] = None if None in controls else min(control for control in controls if control is not None)
-    _judge(result)
-    return result
+            yield _row(model, prompt, found, bound)
 
 
 def _expected(model: PreTrainedModel, prompt: list[int], found: Continuation) -> Tensor:
@@ -203,10 +222,9 @@ def _expected(model: PreTrainedModel, prompt: list[int], found: Continuation) ->
     return logits
 
 
-def _row(
-    model: PreTrainedModel, prompt: list[int], found: Continuation, expected: Tensor, bound: float
-) -> dict[str, Any]:
-    """What the comparison of one continuation gives: see `verify_export`."""
+def _row(model: PreTrainedModel, prompt: list[int], found: Continuation, bound: float) -> _Row:
+    expected = _expected(model, prompt, found)
+    control = None if has_no_positions(model.config) else _without_bias(model, prompt, found, expected)
     logits = torch.from_numpy(found.logits)
     difference, rounding, allowed = (logits - expected).abs().amax(dim=-1), None, torch.tensor(bound)
     if not (difference <= bound).all():
@@ -215,16 +233,16 @@ def _row(
         model.float()
         difference, rounding = ((values - exact).abs().amax(dim=-1) for values in (logits, expected))
         allowed = (_MAGNIFIED * rounding).clamp(min=bound)
-    chosen = expected.gather(1, torch.tensor(found.ids)[:, None])[:, 0]
-    behind = expected.amax(dim=-1) - chosen
-    return {
-        "tokens": len(prompt),
-        "difference": difference.max().item(),
-        "rounding": None if rounding is None else rounding.max().item(),
-        "same_text": not behind.any().item(),
-        "within": bool((difference <= allowed).all()),
-        "tied": bool((behind <= 2 * allowed).all()),
-    }
+    behind = expected.amax(dim=-1) - expected.gather(1, torch.tensor(found.ids)[:, None])[:, 0]
+    return _Row(
+        tokens=len(prompt),
+        difference=difference.max().item(),
+        rounding=None if rounding is None else rounding.max().item(),
+        control=control,
+        same_text=not behind.any().item(),
+        is_within=bool((difference <= allowed).all()),
+        is_likeliest=bool((behind <= 2 * allowed).all()),
+    )
 
 
 def _without_bias(model: PreTrainedModel, prompt: list[int], found: Continuation, expected: Tensor) -> float:
@@ -238,24 +256,22 @@ def _without_bias(model: PreTrainedModel, prompt: list[int], found: Continuation
         config.alibi_slopes = slopes
 
 
-def _judge(result: dict[str, Any]) -> None:
-    """Raise VerificationError unless every row is within the bound, and the control far outside."""
-    engine, bound = result["engine"], result["bound"]
-    if result["control"] is not None and result["control"] < _CONTROL * bound:
+def _judge(engine: Engine, bound: float, row: _Row) -> None:
+    """Raise VerificationError unless a row is within the bound, and far outside without the bias."""
+    after = f"after {row.tokens:,} tokens"
+    if row.control is not None and row.control < _CONTROL * bound:
         raise VerificationError(
-            f"these prompts cannot tell whether the bias is there: without it logits change by "
-            f"{result['control']:.1e}, and the bound is {bound:.0e}; give longer ones"
+            f"this prompt cannot tell whether the bias is there: without it logits change by {row.control:.1e} "
+            f"{after}, and the bound is {bound:.0e}; give longer ones"
         )
-    for row in result["rows"]:
-        within, tied = row.pop("within"), row.pop("tied")
-        own = f", where float32 itself is off by {row['rounding']:.1e}" if (row["rounding"] or 0.0) > bound else ""
-        if not within:
-            raise VerificationError(
-                f"{engine} differs from transformers by {row['difference']:.1e} after {row['tokens']:,} tokens{own}; "
-                f"rounding explains {bound:.0e}"
-            )
-        if not tied:
-            raise VerificationError(f"{engine} writes another text than transformers after {row['tokens']:,} tokens")
+    own = f", where float32 itself is off by {row.rounding:.1e}" if (row.rounding or 0.0) > bound else ""
+    if not row.is_within:
+        raise VerificationError(
+            f"{engine.version} differs from transformers by {row.difference:.1e} {after}{own}; rounding explains "
+            f"{bound:.0e}"
+        )
+    if not row.is_likeliest:
+        raise VerificationError(f"{engine.version} writes another text than transformers {after}")
 
 
 def _compare_perplexity(engine: Engine, model: PreTrainedModel, text: list[int]) -> dict[str, Any]:

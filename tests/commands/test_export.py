@@ -29,8 +29,7 @@ def test_wrong_usage(capsys):
 FOUND = {
     "engine": "an engine 1.0",
     "bound": 5e-4,
-    "control": 12.34,
-    "rows": [{"tokens": 10_000, "difference": 1.234e-5, "rounding": None, "same_text": True}],
+    "rows": [{"tokens": 10_000, "difference": 1.234e-5, "rounding": None, "control": 12.34, "same_text": True}],
 }
 PERPLEXITY = {"engine": "an engine 1.0", "bound": 0.02, "perplexity": {"engine": 10.1, "transformers": 10.0}}
 
