@@ -49,13 +49,12 @@ def _report(result: Mapping[str, Any]) -> str:
             f"{result['engine']}: perplexity {perplexity['engine']:.3f}, transformers {perplexity['transformers']:.3f} "
             f"with the whole weights: {ratio:+.2%}, at most {result['bound']:+.0%}"
         )
-    lines = [f"{'tokens':>8}  largest difference of logits  same greedy text"]
+    lines = ["prompt    largest difference of logits    same greedy", "tokens    after it   after any token    text"]
     for row in result["rows"]:
-        lines.append(
-            f"{row['tokens']:>8,}  {row['difference']:>28.1e}  {'yes' if row['same_text'] else 'to a tie':>16}"
-        )
+        said = "yes" if row["same_text"] else "to a tie"
+        lines.append(f"{row['tokens']:<8,}  {row['difference_at_once']:<9.1e}  {row['difference']:<17.1e}  {said}")
         if row["rounding"] is not None:
-            lines.append(f"{'':>10}from float64, of which transformers in float32 is off by {row['rounding']:.1e}")
+            lines.append(f"          from float64, of which transformers in float32 is off by {row['rounding']:.1e}")
     controls = [row["control"] for row in result["rows"] if row["control"] is not None]
     control = f"; without the bias it would be {min(controls):.1e} or more" if controls else ""
     return "\n".join([*lines, f"{result['engine']} agrees with transformers within {result['bound']:.0e}{control}"])

@@ -59,8 +59,10 @@ class _Row:
 
     tokens: int
     """Length of the prompt."""
+    difference_at_once: float
+    """The largest of any logit right after the prompt."""
     difference: float
-    """The largest of any logit."""
+    """The largest of any logit after the prompt and each written token."""
     rounding: float | None
     """The largest of transformers' own float32 from float64; None if nothing asked for it."""
     control: float | None
@@ -105,10 +107,10 @@ def verify_export(
         progress: whether to show a bar.
 
     Returns "engine" (its name and version), "bound", and "rows", one for each length: "tokens"; "difference", the
-    largest of any logit; "control", what it would be without the bias; "same_text", False if two tokens were equally
-    likely within the bound. Some tokens magnify any rounding: if the difference is above the bound, both are compared
-    with float64, where the engine may be off by four times what transformers is, which is "rounding". For rounded
-    weights "engine", "bound" and "perplexity" of both.
+    largest of any logit, "difference_at_once" right after the prompt; "control", what it would be without the bias;
+    "same_text", False if two tokens were equally likely within the bound. Some tokens magnify any rounding: if the
+    difference is above the bound, both are compared with float64, where the engine may be off by four times what
+    transformers is at most, which is "rounding". For rounded weights "engine", "bound" and "perplexity" of both.
 
     Raises VerificationError if the engine differs by more or writes another text, InputError for what cannot be
     compared.
@@ -232,10 +234,11 @@ def _row(model: PreTrainedModel, prompt: list[int], found: Continuation, bound: 
         exact = _expected(model.double(), prompt, found)
         model.float()
         difference, rounding = ((values - exact).abs().amax(dim=-1) for values in (logits, expected))
-        allowed = (_MAGNIFIED * rounding).clamp(min=bound)
+        allowed = (_MAGNIFIED * rounding.amax()).clamp(min=bound)
     behind = expected.amax(dim=-1) - expected.gather(1, torch.tensor(found.ids)[:, None])[:, 0]
     return _Row(
         tokens=len(prompt),
+        difference_at_once=difference[0].item(),
         difference=difference.max().item(),
         rounding=None if rounding is None else rounding.max().item(),
         control=control,

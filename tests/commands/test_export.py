@@ -26,11 +26,8 @@ def test_wrong_usage(capsys):
     assert cli.main(["verify", "gguf", "model", "model.gguf", "--lenghts", "3"]) == 2
 
 
-FOUND = {
-    "engine": "an engine 1.0",
-    "bound": 5e-4,
-    "rows": [{"tokens": 10_000, "difference": 1.234e-5, "rounding": None, "control": 12.34, "same_text": True}],
-}
+ROW = {"tokens": 10_000, "difference_at_once": 1e-6, "difference": 1.234e-5, "control": 12.34, "same_text": True}
+FOUND = {"engine": "an engine 1.0", "bound": 5e-4, "rows": [ROW | {"rounding": None}, ROW | {"rounding": 1e-3}]}
 PERPLEXITY = {"engine": "an engine 1.0", "bound": 0.02, "perplexity": {"engine": 10.1, "transformers": 10.0}}
 
 
@@ -44,7 +41,8 @@ def test_what_was_found_is_printed(monkeypatch, capsys):
     monkeypatch.setattr("hf_alibi.export.parity.verify_export", verify)
     assert cli.main(["verify", "vllm", "model", "--lengths", "10", "10000", "--tensor_parallel", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["10,000", "1.2e-05", "yes"]
+    assert lines[2].split() == lines[3].split() == ["10,000", "1.0e-06", "1.2e-05", "yes"]
+    assert lines[4].strip() == "from float64, of which transformers in float32 is off by 1.0e-03"
     assert (
         lines[2] == "an engine 1.0 agrees with transformers within 5e-04; without the bias it would be 1.2e+01 or more"
     )
