@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from .conversion.matching import match_heads
     from .errors import InputError, VerificationError
     from .evaluation.perplexity import evaluate_extrapolation
+    from .export.gguf import export_gguf
+    from .export.onnx import export_onnx
+    from .export.parity import verify_export
     from .model.families import supported_families
     from .model.modeling import alibi_class
     from .model.patching import apply_alibi
@@ -39,10 +42,13 @@ __all__ = [
     "build_alibi_tensor",
     "convert",
     "evaluate_extrapolation",
+    "export_gguf",
+    "export_onnx",
     "match_heads",
     "record_reads",
     "supported_families",
     "verify_alibi",
+    "verify_export",
 ]
 
 _MODULES = {
@@ -57,10 +63,13 @@ _MODULES = {
     "build_alibi_tensor": "bias",
     "convert": "commands.convert",
     "evaluate_extrapolation": "evaluation.perplexity",
+    "export_gguf": "export.gguf",
+    "export_onnx": "export.onnx",
     "match_heads": "conversion.matching",
     "record_reads": "attention.sdpa.reads",
     "supported_families": "model.families",
     "verify_alibi": "model.verification",
+    "verify_export": "export.parity",
 }
 
 try:

@@ -44,7 +44,7 @@ def test_what_was_found_is_printed(monkeypatch, capsys):
     assert lines[2].split() == lines[3].split() == ["10,000", "1.0e-06", "1.2e-05", "yes"]
     assert lines[4].strip() == "from float64, of which transformers in float32 is off by 1.0e-03"
     assert (
-        lines[2] == "an engine 1.0 agrees with transformers within 5e-04; without the bias it would be 1.2e+01 or more"
+        lines[5] == "an engine 1.0 agrees with transformers within 5e-04; without the bias it would be 1.2e+01 or more"
     )
     assert (given[0]["lengths"], given[0]["file"], given[0]["tensor_parallel"]) == ([10, 10000], None, 2)
     assert cli.main(["verify", "gguf", "model", "q8.gguf", "--text_file", "t.txt"]) == 0
