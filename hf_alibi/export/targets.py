@@ -66,7 +66,7 @@ TARGETS = {
     "vllm": Target(
         engine="vLLM",
         families=tuple(family for family in _DECODERS if family != "helium"),  # vLLM has no class for it
-        weights="any that vLLM has; float32 and bfloat16 were run",
+        weights="those of vLLM; float32 was compared",
         tensor_parallel="yes",
     ),
     "gguf": Target(

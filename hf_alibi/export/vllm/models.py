@@ -55,10 +55,8 @@ class AlibiServed:
         config = vllm_config.model_config.hf_config
         if (reason := TARGETS["vllm"].refusal(config)) is not None:
             raise ValueError(f"cannot serve {vllm_config.model_config.model} with its ALiBi bias: {reason}")
-        attention = vllm_config.attention_config
-        if current_platform.is_cuda() and attention.backend is None:
-            # On some GPUs vLLM's first choice is FlashInfer.
-            attention.backend = AttentionBackendEnum.FLASH_ATTN
+        if current_platform.is_cuda() and vllm_config.attention_config.backend is None:
+            vllm_config.attention_config.backend = _cuda_backend(vllm_config.model_config.dtype)
         slopes = layer_slopes(config)
         # Built as what it was before the conversion, with positions, which are then taken out.
         with _attention_with(slopes):
@@ -67,6 +65,13 @@ class AlibiServed:
             )
         _take_positions_out(self)
         _check(self, slopes)  # type: ignore[arg-type]
+
+
+def _cuda_backend(dtype: torch.dtype) -> Any:
+    """A backend that adds slopes; vLLM's own first choice on some GPUs is FlashInfer."""
+    has_flash = current_platform.has_device_capability(80) and not current_platform.has_device_capability(100)
+    name = "FLASH_ATTN" if has_flash and dtype.itemsize == 2 else "TRITON_ATTN"
+    return AttentionBackendEnum[name]
 
 
 @contextmanager
@@ -104,8 +109,10 @@ def _take_positions_out(model: Any) -> None:
         ]
         for parent, name in found:
             setattr(parent, name, _STAND_INS[name]())
+        # Rotations under a name of another kind would stay beside the bias.
+        found = [] if any("Rotary" in type(part).__name__ for part in model.modules()) else found
     if not found:
-        raise ValueError(f"{type(model).__name__} of this vLLM has no positions where they are looked for")
+        raise ValueError(f"{type(model).__name__} of this vLLM does not have its positions where they are looked for")
 
 
 def _check(model: nn.Module, slopes: list[list[float]]) -> None:

@@ -95,3 +95,17 @@ def test_registering_again_changes_nothing():
     before = dict(ModelRegistry.models)
     register()
     assert ModelRegistry.models == before
+
+
+def test_positions_that_would_stay_are_refused():
+    from hf_alibi.export.vllm.models import _take_positions_out
+
+    class RotaryEmbedding(torch.nn.Module):
+        pass
+
+    model = torch.nn.Module()
+    with pytest.raises(ValueError, match="does not have its positions where they are looked for"):
+        _take_positions_out(model)
+    model.rotary_emb, model.rope = RotaryEmbedding(), RotaryEmbedding()
+    with pytest.raises(ValueError, match="does not have its positions where they are looked for"):
+        _take_positions_out(model)
