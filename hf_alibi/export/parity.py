@@ -62,7 +62,7 @@ class _Row:
     difference_at_once: float
     """The largest of any logit right after the prompt."""
     difference: float
-    """The largest of any logit after the prompt and each written token."""
+    """The largest of any logit at the first `COMPARED` tokens written."""
     rounding: float | None
     """The largest of transformers' own float32 from float64; None if nothing asked for it."""
     control: float | None
@@ -107,10 +107,11 @@ def verify_export(
         progress: whether to show a bar.
 
     Returns "engine" (its name and version), "bound", and "rows", one for each length: "tokens"; "difference", the
-    largest of any logit, "difference_at_once" right after the prompt; "control", what it would be without the bias;
-    "same_text", False if two tokens were equally likely within the bound. Some tokens magnify any rounding: if the
-    difference is above the bound, both are compared with float64, where the engine may be off by four times what
-    transformers is at most, which is "rounding". For rounded weights "engine", "bound" and "perplexity" of both.
+    largest of any logit at the first 32 tokens written, and "difference_at_once", at the first; "control", what it would
+    be without the bias; "same_text", False if two tokens were equally likely within the bound. Some tokens magnify any
+    rounding: if the difference is above the bound, both are compared with float64, where the engine may be off by four
+    times what transformers is at most, which is "rounding". For rounded weights "engine", "bound" and "perplexity" of
+    both.
 
     Raises VerificationError if the engine differs by more or writes another text, InputError for what cannot be
     compared.
@@ -228,12 +229,14 @@ def _row(model: PreTrainedModel, prompt: list[int], found: Continuation, bound: 
     expected = _expected(model, prompt, found)
     control = None if has_no_positions(model.config) else _without_bias(model, prompt, found, expected)
     logits = torch.from_numpy(found.logits)
-    difference, rounding, allowed = (logits - expected).abs().amax(dim=-1), None, torch.tensor(bound)
+    rounding, allowed = None, torch.tensor(bound)
+    difference = (logits - expected[: len(logits)]).abs().amax(dim=-1)
     if not (difference <= bound).all():
         # Some tokens magnify any rounding, that of transformers as well: float64 says by how much.
         exact = _expected(model.double(), prompt, found)
         model.float()
-        difference, rounding = ((values - exact).abs().amax(dim=-1) for values in (logits, expected))
+        difference = (logits - exact[: len(logits)]).abs().amax(dim=-1)
+        rounding = (expected - exact).abs().amax(dim=-1)
         allowed = (_MAGNIFIED * rounding.amax()).clamp(min=bound)
     behind = expected.amax(dim=-1) - expected.gather(1, torch.tensor(found.ids)[:, None])[:, 0]
     return _Row(

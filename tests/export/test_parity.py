@@ -12,7 +12,7 @@ from helpers.exports import TEXT, converted
 from helpers.runs import refused
 from hf_alibi.errors import VerificationError
 from hf_alibi.export import parity
-from hf_alibi.export.engines.engine import Continuation
+from hf_alibi.export.engines.engine import COMPARED, Continuation
 from hf_alibi.export.gguf import export_gguf
 
 LENGTHS = (4, 40)
@@ -38,7 +38,7 @@ class Transformers:
             rows.append(self.model(torch.tensor([[*prompt, *ids]])).logits[0, -1] + self.error)
             order = rows[-1].argsort(descending=True)
             ids.append(int(order[1 if self.other_text else 0]))
-        return Continuation(ids, torch.stack(rows).numpy())
+        return Continuation(ids, torch.stack(rows)[:COMPARED].numpy())
 
     @torch.no_grad()
     def prompt_logits(self, prompt):
@@ -60,12 +60,12 @@ def compare(tmp_path, monkeypatch):
     converted(folder, initializer_range=0.2)
     monkeypatch.setattr(parity, "import_module", lambda _: SimpleNamespace(open_engine=lambda *_: compare.engine))
 
-    def compare(type="f32", model=None, lengths=LENGTHS, text_file=None, **wrong):
+    def compare(type="f32", model=None, lengths=LENGTHS, new_tokens=5, text_file=None, **wrong):
         if not file.exists():
             export_gguf(folder, file, type=type)
         of_engine = model or AutoModelForCausalLM.from_pretrained(folder)
         compare.engine = Transformers(of_engine, folder, **wrong)
-        return parity.verify_export("gguf", folder, file, lengths=lengths, new_tokens=5, text_file=text_file)
+        return parity.verify_export("gguf", folder, file, lengths=lengths, new_tokens=new_tokens, text_file=text_file)
 
     compare.folder = folder
     return compare
@@ -101,6 +101,19 @@ def test_controls_without_the_bias_and_with_other_slopes_fail(slopes, compare):
     ):
         compare(model=wrong_model(compare.folder, slopes))
     assert compare.engine.closed
+
+
+def test_the_text_is_compared_beyond_the_logits(compare, monkeypatch):
+    assert compare(new_tokens=COMPARED + 5)["rows"][0]["same_text"]
+    right = Transformers._continued
+
+    def wrong_at_the_end(self, prompt, tokens):
+        found = right(self, prompt, tokens)
+        return Continuation([*found.ids[:-1], (found.ids[-1] + 1) % 320], found.logits)
+
+    monkeypatch.setattr(Transformers, "_continued", wrong_at_the_end)
+    with pytest.raises(VerificationError, match="writes another text"):
+        compare(new_tokens=COMPARED + 5)
 
 
 def test_a_difference_above_the_bound_fails(compare):

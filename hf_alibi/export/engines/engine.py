@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-__all__ = ["Continuation", "Engine"]
+__all__ = ["COMPARED", "Continuation", "Engine"]
+
+COMPARED = 32
+"""How many of a continuation's tokens come with their logits; engines are slow to hand out whole rows of them."""
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,7 @@ class Continuation:
 
     ids: list[int]
     logits: Any
-    """float32 numpy array (tokens, vocabulary): those that each token was chosen by."""
+    """float32 numpy array (tokens, vocabulary): those that each of the first `COMPARED` tokens was chosen by."""
 
 
 class Engine(Protocol):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .engine import Continuation
+from .engine import COMPARED, Continuation
 
 __all__ = ["LlamaCpp", "open_engine"]
 
@@ -50,7 +50,7 @@ class LlamaCpp:
             if step + 1 < tokens:
                 self._llama.eval(ids[-1:])
                 rows.append(self._row())
-        return Continuation(ids, np.stack(rows))
+        return Continuation(ids, np.stack(rows[:COMPARED]))
 
     def prompt_logits(self, prompt: Sequence[int]) -> Any:
         """As the protocol says, a token at a time."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..onnx import MODEL_FILE
-from .engine import Continuation
+from .engine import COMPARED, Continuation
 
 __all__ = ["OnnxRuntime", "open_engine"]
 
@@ -54,7 +54,7 @@ class OnnxRuntime:
                 mask = np.concatenate([mask, np.ones_like(chosen[-1])], axis=1)
                 logits, past = self._run(chosen[-1], mask, past)
                 rows.append(logits[:, -1])
-        ids, logits = np.concatenate(chosen, axis=1), np.stack(rows, axis=1)
+        ids, logits = np.concatenate(chosen, axis=1), np.stack(rows[:COMPARED], axis=1)
         return [Continuation(of_one.tolist(), its) for of_one, its in zip(ids, logits, strict=True)]
 
     def prompt_logits(self, prompt: Sequence[int]) -> Any:

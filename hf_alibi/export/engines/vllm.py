@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 
-from .engine import Continuation
+from .engine import COMPARED, Continuation
 
 __all__ = ["Vllm", "open_engine"]
 
@@ -44,11 +44,15 @@ class Vllm:
 
     def continued(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Continuation]:
         """As the protocol says, in one continuous batch."""
-        params = self._params(
-            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=-1, flat_logprobs=True
-        )
         given = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        return [_continuation(found.outputs[0]) for found in self._llm.generate(given, params, use_tqdm=False)]
+        greedy = {"temperature": 0, "ignore_eos": True, "detokenize": False}
+        texts = self._llm.generate(given, self._params(**greedy, max_tokens=tokens), use_tqdm=False)
+        params = self._params(**greedy, max_tokens=min(tokens, COMPARED), logprobs=-1, flat_logprobs=True)
+        rows = self._llm.generate(given, params, use_tqdm=False)
+        return [
+            Continuation(list(text.outputs[0].token_ids), _logits(first.outputs[0].logprobs))
+            for text, first in zip(texts, rows, strict=True)
+        ]
 
     def prompt_logits(self, prompt: Sequence[int]) -> Any:
         """As the protocol says: what it would continue each beginning of the prompt with."""
@@ -64,15 +68,15 @@ class Vllm:
         self._llm.llm_engine.engine_core.shutdown()
 
 
-def _continuation(output: Any) -> Continuation:
-    ids, flat = list(output.token_ids), output.logprobs
+def _logits(flat: Any) -> Any:
+    """float32 (tokens, vocabulary), from vLLM's list of numbers and values in the order of their size."""
     rows = []
     for first, last in zip(flat.start_indices, flat.end_indices, strict=True):
         numbers = np.array(flat.token_ids[first:last])
         row = np.full(numbers.max() + 1, np.nan, np.float32)
         row[numbers] = flat.logprobs[first:last]
         rows.append(row)
-    return Continuation(ids, np.stack(rows))
+    return np.stack(rows)
 
 
 def _gibibytes(folder: Path, tokens: int) -> int:

@@ -109,8 +109,8 @@ def _take_positions_out(model: Any) -> None:
         ]
         for parent, name in found:
             setattr(parent, name, _STAND_INS[name]())
-        # Rotations under a name of another kind would stay beside the bias.
-        found = [] if any("Rotary" in type(part).__name__ for part in model.modules()) else found
+        if any("Rotary" in type(part).__name__ for part in model.modules()):
+            found = []  # under another name, where they would stay beside the bias
     if not found:
         raise ValueError(f"{type(model).__name__} of this vLLM does not have its positions where they are looked for")
 
