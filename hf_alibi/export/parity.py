@@ -107,11 +107,10 @@ def verify_export(
         progress: whether to show a bar.
 
     Returns "engine" (its name and version), "bound", and "rows", one for each length: "tokens"; "difference", the
-    largest of any logit at the first 32 tokens written, and "difference_at_once", at the first; "control", what it would
-    be without the bias; "same_text", False if two tokens were equally likely within the bound. Some tokens magnify any
-    rounding: if the difference is above the bound, both are compared with float64, where the engine may be off by four
-    times what transformers is at most, which is "rounding". For rounded weights "engine", "bound" and "perplexity" of
-    both.
+    largest of any logit at the first 32 tokens written, and "difference_at_once", at the first; "control", what it is
+    without the bias; "same_text", False if two tokens were equally likely within the bound. Some tokens magnify any
+    rounding: if the difference is above the bound, both are compared with float64, and the engine may be off by four
+    times the most that transformers is, "rounding". For rounded weights "engine", "bound" and "perplexity" of both.
 
     Raises VerificationError if the engine differs by more or writes another text, InputError for what cannot be
     compared.
