@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ..errors import InputError, VerificationError
+from ..errors import InputError, VerificationError, one_line
 from ..model.anatomy import has_no_positions
 from ..model.loading import load_complete
 from ..utils import evaluation_mode, progress_bar
@@ -112,8 +113,7 @@ def verify_export(
     rounding: if the difference is above the bound, both are compared with float64, and the engine may be off by four
     times the most that transformers is, "rounding". For rounded weights "engine", "bound" and "perplexity" of both.
 
-    Raises VerificationError if the engine differs by more or writes another text, InputError for what cannot be
-    compared.
+    Raises VerificationError if the engine differs by more or writes another text, InputError if it cannot be compared.
     """
     kind, path = _checked(target, folder, file, min(new_tokens, *(lengths or (1,))))
     source = open_source(folder, target)
@@ -125,7 +125,8 @@ def verify_export(
     lengths = (_PERPLEXITY_TOKENS,) if rounded else sorted(set(lengths or (10, 1000, limit + 100)))
     text = _text(source, text_file, lengths[-1])
     model = load_complete(source.folder, dtype=torch.float32, attn_implementation="sdpa", name=f"{folder}")
-    engine: Engine = engine_module.open_engine(source.folder, path, lengths[-1] + new_tokens, tensor_parallel)
+    with _loading(path, kind.package):
+        engine: Engine = engine_module.open_engine(source.folder, path, lengths[-1] + new_tokens, tensor_parallel)
     try:
         with evaluation_mode(model), torch.no_grad():
             _same_tokens(engine, source.folder, text_file)
@@ -167,11 +168,21 @@ def _import(kind: _Kind) -> Any:
     return import_module(f"{__package__}.engines.{kind.engine}")
 
 
+@contextmanager
+def _loading(path: Path, package: str) -> Iterator[None]:
+    """Context manager: whatever is raised for a file that cannot be loaded is an InputError."""
+    try:
+        yield
+    except Exception as error:  # of engines, which have no common one
+        raise InputError(f"{package} cannot load {path}: {one_line(error)}") from error
+
+
 def _is_rounded(file: Path) -> bool:
     """Whether a GGUF file has weights that are not f32."""
     from gguf import GGUFReader
 
-    return any(tensor.tensor_type.name != "F32" for tensor in GGUFReader(file).tensors)
+    with _loading(file, "gguf"):
+        return any(tensor.tensor_type.name != "F32" for tensor in GGUFReader(file).tensors)
 
 
 def _text(source: Source, text_file: str | Path | None, length: int) -> list[int]:

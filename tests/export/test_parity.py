@@ -191,6 +191,20 @@ def test_rounded_weights_are_compared_by_perplexity(compare, tmp_path, monkeypat
         compare()
 
 
+def test_a_broken_file_is_one_line(compare, tmp_path, monkeypatch):
+    compare()
+    file = tmp_path / "model.gguf"
+    whole = file.read_bytes()
+    file.write_bytes(b"no GGUF" * 100)
+    with refused("gguf cannot load .*model.gguf"):
+        compare()
+    file.write_bytes(whole)
+    failing = SimpleNamespace(open_engine=lambda *_: (_ for _ in ()).throw(RuntimeError("out of\nmemory")))
+    monkeypatch.setattr(parity, "import_module", lambda _: failing)
+    with refused("llama-cpp-python cannot load .*model.gguf: out of memory"):
+        parity.verify_export("gguf", compare.folder, file)
+
+
 def test_bad_requests_are_one_line(tmp_path):
     converted(tmp_path / "model")
     for given, message in [
