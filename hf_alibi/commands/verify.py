@@ -49,7 +49,7 @@ def _report(result: Mapping[str, Any]) -> str:
             f"{result['engine']}: perplexity {perplexity['engine']:.3f}, transformers {perplexity['transformers']:.3f} "
             f"with the whole weights: {ratio:+.2%}, at most {result['bound']:+.0%}"
         )
-    lines = ["prompt    largest difference of logits    same greedy", "tokens    after it   after any token    text"]
+    lines = ["prompt    largest difference of logits    same greedy", "tokens    after it   at 32 tokens       text"]
     for row in result["rows"]:
         said = "yes" if row["same_text"] else "to a tie"
         lines.append(f"{row['tokens']:<8,}  {row['difference_at_once']:<9.1e}  {row['difference']:<17.1e}  {said}")
