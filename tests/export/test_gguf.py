@@ -151,6 +151,20 @@ def test_the_tokenizer_goes_along(cut, tmp_path):
     assert fields["tokenizer.chat_template"] == own.chat_template
 
 
+def test_sentencepiece_goes_along(tmp_path):
+    converted(tmp_path / "model", cut="pieces")
+    fields, _ = read(export_gguf(tmp_path / "model", tmp_path / "model.gguf"))
+    assert fields["tokenizer.ggml.model"] == "llama"
+    assert (fields["tokenizer.ggml.add_bos_token"], fields["tokenizer.ggml.add_space_prefix"]) == (True, True)
+    types = dict(zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"], strict=True))
+    assert [types[word] for word in ("<unk>", "<s>", "<0x0A>", "▁")] == [2, 3, 6, 1]
+    scores = dict(zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"], strict=True))
+    merges = json.loads((tmp_path / "model" / "tokenizer.json").read_text())["model"]["merges"]
+    in_order = [scores["".join(pair)] for pair in merges]
+    assert in_order == sorted(in_order, reverse=True)
+    assert scores["<s>"] < min(in_order)
+
+
 def test_without_a_tokenizer_there_is_none(tmp_path):
     converted(tmp_path / "model", cut=None)
     with refused("no tokenizer.json.*--tokenizer false"):
@@ -167,9 +181,18 @@ def test_another_tokenizer_is_refused(tmp_path):
     path.write_text(json.dumps(said))
     with refused("none of those that can be written: gpt-2, smollm, llama-bpe, qwen2"):
         export_gguf(tmp_path / "model", tmp_path / "model.gguf")
+    said["pre_tokenizer"]["add_prefix_space"] = False
+    said["normalizer"] = {"type": "Lowercase"}
+    path.write_text(json.dumps(said))
+    with refused("none of those that can be written"):
+        export_gguf(tmp_path / "model", tmp_path / "model.gguf")
     said["model"]["byte_fallback"] = True
     path.write_text(json.dumps(said))
-    with refused("no byte-level BPE"):
+    with refused("changes text before it is cut"):
+        export_gguf(tmp_path / "model", tmp_path / "model.gguf")
+    said["model"] = {"type": "WordLevel", "vocab": said["model"]["vocab"], "unk_token": "t"}
+    path.write_text(json.dumps(said))
+    with refused("is WordLevel, and only BPE can be written"):
         export_gguf(tmp_path / "model", tmp_path / "model.gguf")
 
 

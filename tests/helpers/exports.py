@@ -1,7 +1,10 @@
 """Converted checkpoints to export, with a byte-level BPE tokenizer, as GPT-2's, SmolLM's, Llama 3's or Qwen2's."""
 
+import json
+from pathlib import Path
+
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import hf_alibi
@@ -30,8 +33,25 @@ CUTS = {
 """By llama.cpp's names."""
 
 
+def pieces(scheme="first"):
+    """A tokenizer as SentencePiece's, with bytes for what it has no token for."""
+    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{number:02X}>" for number in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=598, special_tokens=special, show_progress=False)
+    made.train_from_iterator([TEXT * 2, Path(__file__).read_text(encoding="utf-8")], trainer)
+    said = json.loads(made.to_str())
+    said["added_tokens"] = said["added_tokens"][:3]  # bytes are plain tokens
+    made = Tokenizer.from_str(json.dumps(said))
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
 def tokenizer(cut="gpt-2"):
     """A tokenizer of some 300 tokens, three of them added."""
+    if cut == "pieces":
+        return pieces()
     made = Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = CUTS[cut], decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -80,7 +100,7 @@ def wide_config(family, **changes):
 def converted(folder, family="llama", *, config=None, cut="gpt-2", conversion=None, **changes):
     """Save a small converted model whose every weight is random, with a tokenizer, and return the model."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 320, "initializer_range": 0.1, "max_position_embeddings": 64}
+    sizes = {"vocab_size": 600 if cut == "pieces" else 320, "initializer_range": 0.1, "max_position_embeddings": 64}
     if family == "gpt2":
         sizes["n_positions"] = sizes.pop("max_position_embeddings")
     model = AutoModelForCausalLM.from_config(config or stock_config(family, 6, **{**sizes, **changes})).eval()

@@ -41,7 +41,7 @@ def test_logits_and_text_agree(name, tmp_path):
     assert all(row["same_text"] and row["control"] > 0.1 for row in found["rows"])
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", [*CUTS, "pieces"])
 def test_text_is_cut_alike(cut, tmp_path):
     converted(tmp_path / "model", cut=cut)
     file = export_gguf(tmp_path / "model", tmp_path / "model.gguf", type="f32")
