@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..utils import progress_bar, replacing
 from .gguf_tokenizer import add_tokenizer, read_tokenizer
 from .names import GGUF_TYPES
-from .source import Source, check_new, check_space, open_source
+from .source import Source, check_new, check_package, check_space, open_source
 
 __all__ = ["export_gguf"]
 
@@ -125,8 +125,8 @@ def export_gguf(
         tokenizer: whether the file has one. Without, engines take token ids only.
         progress: whether to show a bar.
 
-    Returns `out`. Raises InputError for what the format cannot hold, ImportError without the package gguf. Nothing is
-    left behind then.
+    Returns `out`. Raises InputError for what the format cannot hold, and without the package gguf. Nothing is left
+    behind then.
     """
     out = Path(out).expanduser()
     check_new(out)
@@ -134,6 +134,7 @@ def export_gguf(
         raise InputError(f"type is {type!r}; it must be one of {', '.join(GGUF_TYPES)}")
     if context_length is not None and context_length < 1:
         raise InputError(f"context_length is {context_length}; it must be at least 1 token")
+    check_package("gguf", "gguf")
     source = open_source(folder, "gguf")
     architecture = _MPT if source.config.model_type == "alibi_gpt2" else _REFACT
     _check_settings(source.config, architecture)

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ..configuration import stock_config
 from ..errors import InputError, one_line
 from ..model.loading import load_complete
-from .source import check_new, check_space, open_source
+from .source import check_new, check_package, check_space, open_source
 
 __all__ = ["MODEL_FILE", "cache_names", "export_onnx"]
 
@@ -68,19 +68,19 @@ def export_onnx(folder: str | Path, out: str | Path) -> Path:
         out: the folder to write; it must not exist. It gets the graph, its weights in float32, the tokenizer, and a
             config of the family without ALiBi, which is in the graph: so it loads where this package is not.
 
-    Returns `out`. Raises InputError for what cannot be exported, ImportError without the packages onnx and onnxscript.
-    Nothing is left behind then.
+    Returns `out`. Raises InputError for what cannot be exported, and without the packages onnx and onnxscript. Nothing
+    is left behind then.
     """
     out = Path(out).expanduser()
     check_new(out)
     source = open_source(folder, "onnx")
-    import onnxscript  # noqa: F401  # needed by torch.onnx, and asked for before the model is read
-
+    check_package("onnxscript", "onnx")
     # The exporter holds the weights once more while it writes.
     check_space(out, 4 * sum(torch.Size(shape).numel() for shape in source.shapes.values()))
     model = load_complete(
         source.folder, dtype=torch.float32, attn_implementation="sdpa", name=f"the model in {source.folder}"
     )
+    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         _write_graph(model, temporary / MODEL_FILE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..errors import InputError, one_line
 from ..model.loading import check_safetensors, weight_files
 from .targets import TARGETS
 
-__all__ = ["Source", "check_new", "check_space", "open_source"]
+__all__ = ["Source", "check_new", "check_package", "check_space", "open_source"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,14 @@ def open_source(folder: str | Path, target: str) -> Source:
     return Source(folder, config, shapes, files)
 
 
+def check_package(name: str, extra: str) -> None:
+    """Raise InputError unless the package `name` can be imported; `extra` of this package brings it along."""
+    try:
+        import_module(name)
+    except ImportError as error:
+        raise InputError(f"{name} cannot be imported ({error}); pip install 'hf-alibi[{extra}]'") from error
+
+
 def check_new(path: Path) -> None:
     """Raise InputError if `path` exists."""
     if path.exists():
@@ -70,9 +79,8 @@ def check_new(path: Path) -> None:
 
 
 def check_space(path: Path, needed: int) -> None:
-    """Raise InputError if the disk has no room for `needed` bytes at `path`; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path.parent).free
+    """Raise InputError if the disk has no room for `needed` bytes at `path`, whose folder may not exist yet."""
+    free = shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.is_dir())).free
     if free < needed:
         raise InputError(
             f"{path} takes {needed / 2**20:,.0f} MiB, and the disk has {free / 2**20:,.0f} MiB left; free some, or "

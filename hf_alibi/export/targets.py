@@ -28,6 +28,8 @@ class Target:
     dynamic_scaling: bool = False
     windows: bool = False
     """Whether layers may see a sliding window only."""
+    temperature: bool = False
+    """Whether logits may be sharpened by what YaRN and LongRoPE did, which a conversion keeps: see `NoRotation`."""
     weights: str = "float32"
     """Types of the weights."""
     tensor_parallel: str = "no"
@@ -46,6 +48,9 @@ class Target:
             return "no slopes that change with the length: set alibi_scaling to null, linear or ntk in config.json"
         if (partial := partial_layers(config)) and not self.windows:
             return f"no layers that see a part of the sequence ({', '.join(partial)}) beside ALiBi"
+        rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+        if rotary in _SHARPENING and not self.temperature:
+            return f"no temperature, which the conversion kept of {rotary!r}: convert the model without that scaling"
         if not self.any_slopes:
             papers = alibi_slopes(config.num_attention_heads).tolist()
             others = [layer for layer in layer_slopes(config) if layer != papers]
@@ -55,6 +60,8 @@ class Target:
         return None
 
 
+# Scalings of rotary positions that also multiply all logits.
+_SHARPENING = ("yarn", "longrope")
 # Families with transformers' plain attention, on plain caches.
 _DECODERS = (
     *("gpt2", "llama", "mistral", "qwen2", "qwen3", "olmo", "olmo2", "smollm3", "granite", "phi3", "starcoder2"),
@@ -80,6 +87,7 @@ TARGETS = {
         families=_DECODERS,
         sink_tokens=True,
         dynamic_scaling=True,
+        temperature=True,
     ),
 }
 """By the name that `hf-alibi export` and `hf-alibi verify` take; see `TARGET_NAMES`."""
@@ -107,6 +115,7 @@ def support_table() -> str:
         "other slopes, `linear` and `ntk` scaling, global heads": [said(target.any_slopes) for target in targets],
         "`dynamic` scaling": [said(target.dynamic_scaling) for target in targets],
         "sink tokens": [said(target.sink_tokens) for target in targets],
+        "the temperature of YaRN or LongRoPE": [said(target.temperature) for target in targets],
         "layers with a sliding window": [said(target.windows) for target in targets],
         "weights": [target.weights for target in targets],
         "tensor parallel": [target.tensor_parallel for target in targets],

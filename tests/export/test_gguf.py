@@ -1,6 +1,7 @@
 """GGUF files: every weight and setting where llama.cpp looks for it, and refusals that leave nothing behind."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -248,6 +249,10 @@ def test_bad_input_leaves_nothing_behind(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("hf_alibi.export.source.shutil.disk_usage", lambda _: SimpleNamespace(free=1))
         with refused("MiB, and the disk has 0 MiB left"):
+            export_gguf(model, tmp_path / "new" / "out.gguf")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "gguf", None)
+        with refused(r"gguf cannot be imported .*; pip install 'hf-alibi\[gguf\]'"):
             export_gguf(model, out)
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

@@ -1,6 +1,7 @@
 """ONNX exports: the names, sizes and files that ONNX Runtime and optimum look for; what it computes: tests/engines."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -59,6 +60,10 @@ def test_bad_input_leaves_nothing_behind(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("hf_alibi.export.source.shutil.disk_usage", lambda _: SimpleNamespace(free=1))
         with refused("MiB, and the disk has 0 MiB left"):
+            export_onnx(model, tmp_path / "new" / "out")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnxscript", None)
+        with refused(r"onnxscript cannot be imported .*; pip install 'hf-alibi\[onnx\]'"):
             export_onnx(model, out)
     with monkeypatch.context() as patch:
         patch.setattr(export, "_write_graph", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))

@@ -64,6 +64,16 @@ def test_what_an_engine_can_hold_is_not(target, fields):
     assert TARGETS[target].refusal(config(**fields)) is None
 
 
+def test_a_temperature_that_the_conversion_kept_is_refused_or_computed():
+    scaling = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
+    sharp = alibi_config(stock_config("llama", HEADS, rope_parameters=scaling))
+    assert "no temperature, which the conversion kept of 'yarn'" in TARGETS["vllm"].refusal(sharp)
+    assert "no temperature" in TARGETS["gguf"].refusal(sharp)
+    assert TARGETS["onnx"].refusal(sharp) is None
+    linear = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    assert TARGETS["vllm"].refusal(alibi_config(stock_config("llama", HEADS, rope_parameters=linear))) is None
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_other_models_are_refused(target):
     assert "plain 'llama' model; convert it first" in TARGETS[target].refusal(stock_config("llama"))

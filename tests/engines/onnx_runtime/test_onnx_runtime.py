@@ -35,6 +35,13 @@ def test_whatever_a_checkpoint_says_is_in_the_graph(conversion, family, tmp_path
     assert verify_export("onnx", tmp_path / "model", out, lengths=[5, 40, 600])["rows"]
 
 
+def test_the_temperature_of_yarn_is_in_the_graph(tmp_path):
+    scaling = {"rope_type": "yarn", "factor": 8.0, "rope_theta": 10000.0}
+    converted(tmp_path / "model", config=wide_config("llama", rope_parameters=scaling))
+    out = export_onnx(tmp_path / "model", tmp_path / "out")
+    assert verify_export("onnx", tmp_path / "model", out, lengths=[5, 40])["rows"]
+
+
 @pytest.mark.parametrize("scaling", ['{"type":"linear","factor":2}', '{"type":"dynamic"}'])
 def test_other_slopes_show(scaling, tmp_path):
     converted(tmp_path / "model")
