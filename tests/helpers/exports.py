@@ -94,6 +94,8 @@ def wide_config(family, **changes):
     sizes = {name: value for name, value in _SIZES.items() if family != "gpt2" or "num" not in name}
     for name in ("hidden_size", "intermediate_size", "max_position_embeddings") * (family == "gpt2"):
         del sizes[name]
+    if family in ("gpt_neox", "opt"):
+        del sizes["num_key_value_heads"]  # vLLM would read it, and these models do not
     return CONFIG_MAPPING[family](**{**sizes, **_OF_FAMILIES.get(family, {}), **changes})
 
 

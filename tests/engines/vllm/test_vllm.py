@@ -71,19 +71,16 @@ def test_without_a_length_it_is_what_the_memory_holds(tmp_path, monkeypatch):
 REFUSED = {
     "sinks": ({"conversion": {"sink_tokens": 1}}, {}, "no sink tokens, and the model has 1"),
     "family": ({"config": GPTBigCodeConfig(n_embd=64, n_head=2, n_layer=1)}, {}, "no model of type 'gpt_bigcode'"),
-    "transformers as it is": ({}, {"model_impl": "transformers"}, "ALiBi|attn_implementation"),
+    "transformers as it is": ({}, {"model_impl": "transformers"}, "Cannot find model module. 'AlibiLlamaForCausalLM'"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_would_run_without_the_bias_does_not_load(case, tmp_path, capfd):
+def test_what_would_run_without_the_bias_does_not_load(case, tmp_path):
     given, options, message = REFUSED[case]
     converted(tmp_path, **{"config": wide_config("llama"), "cut": None, **given})
-    with pytest.raises(Exception, match=rf"{message}|Engine core initialization failed") as raised:
+    with pytest.raises(Exception, match=message):
         llm(tmp_path, max_model_len=64, **options)
-    if "Engine core" in str(raised.value):
-        shown = "".join(capfd.readouterr())
-        assert "not supported with ALiBi" in shown
 
 
 def test_registering_again_changes_nothing():
