@@ -116,6 +116,7 @@ def _write_graph(model: PreTrainedModel, file: Path) -> None:
                 str(file),
                 dynamo=True,
                 verbose=False,
+                optimize=False,  # or adding 1e-8, Helium's epsilon, is taken for adding nothing
                 external_data=True,
                 input_names=["input_ids", "attention_mask", "position_ids", *cache_names("past_key_values", len(past))],
                 output_names=["logits", *cache_names("present", len(past))],
