@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,10 @@ _BATCH, _PAST, _NEW = 2, 5, 3
 # What is copied of the checkpoint besides the config; whatever it has of them.
 _COPIED = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "spiece.model", "chat_template*")
 _BATCH_SIZE, _LENGTH, _PAST_LENGTH = "batch_size", "sequence_length", "past_sequence_length"
+
+
+# torch's optimizer takes adding 1e-8, the epsilon of Helium's norms, for adding nothing.
+_DROPPED = 1e-7
 
 
 class _WithCache(nn.Module):
@@ -116,7 +121,7 @@ def _write_graph(model: PreTrainedModel, file: Path) -> None:
                 str(file),
                 dynamo=True,
                 verbose=False,
-                optimize=False,  # or adding 1e-8, Helium's epsilon, is taken for adding nothing
+                optimize=_least_epsilon(model.config) > _DROPPED,
                 external_data=True,
                 input_names=["input_ids", "attention_mask", "position_ids", *cache_names("past_key_values", len(past))],
                 output_names=["logits", *cache_names("present", len(past))],
@@ -129,3 +134,9 @@ def _write_graph(model: PreTrainedModel, file: Path) -> None:
             )
     except torch.onnx.OnnxExporterError as error:
         raise InputError(f"torch.onnx cannot export {type(model).__name__}: {one_line(error)}") from error
+
+
+def _least_epsilon(config: Any) -> float:
+    """The least of what the norms of a model add to a variance."""
+    found = [value for name, value in config.to_dict().items() if "eps" in name and isinstance(value, float)]
+    return min(found, default=1.0)
