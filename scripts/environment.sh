@@ -4,7 +4,11 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=.venv${TRANSFORMERS:+-transformers-$TRANSFORMERS}${GROUP:+-${GROUP//\//-}}
 group=${GROUP:+tests/$GROUP/requirements.txt}
-stamp=$venv/.installed-$(cat pyproject.toml constraints.txt $group | cksum | cut -d' ' -f1)
+constraints=constraints.txt
+if [ -e "tests/${GROUP:-}/constraints.txt" ]; then
+    constraints=tests/$GROUP/constraints.txt
+fi
+stamp=$venv/.installed-$(cat pyproject.toml "$constraints" $group | cksum | cut -d' ' -f1)
 if [ ! -e "$stamp" ]; then
     python=${PYTHON:-python3}
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
@@ -15,11 +19,12 @@ if [ ! -e "$stamp" ]; then
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
     if [ -n "${TRANSFORMERS:-}" ]; then
         # Each version wants its own hub client and tokenizers.
-        grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > "$venv/constraints.txt"
+        grep -vE '^(transformers|huggingface_hub|tokenizers)==' "$constraints" > "$venv/constraints.txt"
         echo "transformers==$TRANSFORMERS" >> "$venv/constraints.txt"
+        constraints=$venv/constraints.txt
     fi
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-        --constraint "${TRANSFORMERS:+$venv/}constraints.txt" --editable '.[dev,gguf,onnx]' \
+        --constraint "$constraints" --editable '.[dev,gguf,onnx]' \
         ${group:+--requirement "$group"}
     if [ -n "$group" ] && [ -e "tests/$GROUP/after_install.sh" ]; then
         (. "$venv/bin/activate" && . "tests/$GROUP/after_install.sh")

@@ -3,8 +3,7 @@
 # One file, or a marker:       bash scripts/test.sh tests/test_slopes.py
 # The tests that take minutes: bash scripts/test.sh -m slow
 # With other people's tools:   bash scripts/test.sh --group tools
-# In other engines:            bash scripts/test.sh --group engines/llama_cpp     (or engines/onnx_runtime)
-#                              TRANSFORMERS=5.19.0 bash scripts/test.sh --group engines/vllm
+# In other engines:            bash scripts/test.sh --group engines/llama_cpp     (engines/onnx_runtime, engines/vllm)
 set -euo pipefail
 if [ "${1:-}" = --group ]; then
     # In an environment of its own; constraints.txt holds no tools.
