@@ -74,6 +74,8 @@ _REFACT = _Architecture(
     },
     biases=frozenset({"attn_q", "attn_k", "attn_v"}),
 )
+# Families that always have the biases which their architecture adds; a LLaMA may have them.
+_WITH_BIASES = ("alibi_gpt2", "alibi_qwen2")
 # What transformers computes and the architecture does not, by the field and the values that it holds.
 _SETTINGS: dict[str, dict[str, tuple[Any, ...]]] = {
     "mpt": {
@@ -195,11 +197,12 @@ def _tensors(source: Source, architecture: _Architecture, type: str) -> list[_Te
 
 def _expected(config: Any, architecture: _Architecture, found: dict[str, _Tensor]) -> list[str]:
     """Names of the tensors, in the order of the layers. Raises InputError if a weight is missing."""
-    names = []
+    names, has_biases = [], config.model_type in _WITH_BIASES
     for name in architecture.parts.values():
         layers = range(config.num_hidden_layers) if "{n}" in name else (0,)
+        kinds = ("weight", "bias") if has_biases and name.rpartition(".")[2] in architecture.biases else ("weight",)
         if name != "output" or not config.tie_word_embeddings:
-            names += [f"{name.replace('{n}', str(layer))}.weight" for layer in layers]
+            names += [f"{name.replace('{n}', str(layer))}.{kind}" for layer in layers for kind in kinds]
     if missing := [name for name in names if name not in found]:
         raise InputError(f"the checkpoint lacks {len(missing)} weights ({missing[0]} of the GGUF file, ...)")
     # Parts of no layer have a word where the others have their number.

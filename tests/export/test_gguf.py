@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, Qwen2Config
 
 from helpers.exports import CUTS, converted, tokenizer
@@ -276,14 +277,20 @@ def test_an_error_while_writing_leaves_nothing_behind(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_lacking_weight_is_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
+LACKING = {
+    "llama": ("model.layers.1.mlp.up_proj.weight", r"lacks 1 weights \(blk.1.ffn_up.weight"),
+    "gpt2": ("transformer.h.1.attn.c_attn.bias", r"lacks 1 weights \(blk.1.attn_qkv.bias"),
+}
 
-    converted(tmp_path / "model")
+
+@pytest.mark.parametrize("family", LACKING)
+def test_a_lacking_weight_is_refused(family, tmp_path):
+    converted(tmp_path / "model", family)
     weights = load_file(tmp_path / "model" / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
+    name, message = LACKING[family]
+    del weights[name]
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    with refused(r"lacks 1 weights \(blk.1.ffn_up.weight"):
+    with refused(message):
         export_gguf(tmp_path / "model", tmp_path / "out.gguf")
 
 
