@@ -22,6 +22,7 @@ __all__ = [
     "check_sink_tokens",
     "check_slopes",
     "config_class",
+    "head_width",
     "is_unsaved_name",
     "name_until_saved",
     "num_heads",
@@ -72,6 +73,11 @@ def num_key_heads(config: Any) -> int:
     if shared is None and getattr(config, "multi_query", False):
         return 1
     return shared if isinstance(shared, int) and 0 < shared <= heads and heads % shared == 0 else heads
+
+
+def head_width(config: Any) -> int:
+    """Dimensions of each head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // num_heads(config))
 
 
 def check_slopes(slopes: Any, heads: int, layers: int | None = None) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..configuration import head_width, num_key_heads
 from ..errors import InputError
 from ..utils import progress_bar, replacing
 from .gguf_tokenizer import add_tokenizer, read_tokenizer
@@ -226,7 +227,6 @@ def _add_settings(writer: Any, source: Source, type: str, context_length: int | 
     config: Any = source.config
     import gguf
 
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
     limit = context_length or config.alibi_original_max_position_embeddings or config.alibi_train_length
     writer.add_name(source.folder.resolve().name)
@@ -237,9 +237,9 @@ def _add_settings(writer: Any, source: Source, type: str, context_length: int | 
     writer.add_feed_forward_length(inner)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
+    writer.add_head_count_kv(num_key_heads(config))
+    writer.add_key_length(head_width(config))
+    writer.add_value_length(head_width(config))
     if config.model_type == "alibi_gpt2":
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
         writer.add_max_alibi_bias(_MAX_BIAS)

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ..errors import InputError, VerificationError, one_line
 from ..model.anatomy import has_no_positions
 from ..model.loading import load_complete
-from ..utils import evaluation_mode, progress_bar
+from ..utils import progress_bar
 from .engines.engine import Continuation, Engine
 from .source import Source, open_source
 
@@ -128,7 +128,7 @@ def verify_export(
     with _loading(path, kind.package):
         engine: Engine = engine_module.open_engine(source.folder, path, lengths[-1] + new_tokens, tensor_parallel)
     try:
-        with evaluation_mode(model), torch.no_grad():
+        with torch.no_grad():
             _same_tokens(engine, source.folder, text_file)
             if rounded:
                 return _compare_perplexity(engine, model, text)
@@ -290,7 +290,7 @@ def _judge(engine: Engine, bound: float, row: _Row) -> None:
         raise VerificationError(f"{engine.version} writes another text than transformers {after}")
 
 
-def _compare_perplexity(engine: Engine, model: PreTrainedModel, text: list[int]) -> dict[str, Any]:
+def _compare_perplexity(engine: Any, model: PreTrainedModel, text: list[int]) -> dict[str, Any]:
     expected = _perplexity(model(input_ids=torch.tensor([text]), use_cache=False).logits[0], text)
     found = _perplexity(torch.from_numpy(engine.prompt_logits(text)), text)
     if not found <= (1 + _PERPLEXITY) * expected:

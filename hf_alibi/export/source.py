@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from ..errors import InputError, one_line
-from ..model.loading import check_safetensors, weight_files
+from ..model.loading import weight_files
 from .targets import TARGETS
 
 __all__ = ["Source", "check_new", "check_package", "check_space", "open_source"]
@@ -28,7 +28,6 @@ class Source:
     """Its ALiBi config."""
     shapes: dict[str, tuple[int, ...]]
     """Of every weight, by its name."""
-
     files: dict[str, Path]
     """Where every weight is."""
 
@@ -47,20 +46,19 @@ def open_source(folder: str | Path, target: str) -> Source:
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder; give the folder of a converted model")
+    shapes, files = {}, {}
     try:
         config: Any = AutoConfig.from_pretrained(folder)
-        check_safetensors(folder)
+        for file in weight_files(folder):
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    shapes[name], files[name] = tuple(opened.get_slice(name).get_shape()), file
     except Exception as error:  # whatever transformers and safetensors raise for broken files
         raise InputError(
             f"cannot read the model in {folder} ({one_line(error)}); give a complete checkpoint"
         ) from error
     if (reason := TARGETS[target].refusal(config)) is not None:
         raise InputError(f"{TARGETS[target].engine} cannot run {folder}: {reason}")
-    shapes, files = {}, {}
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                shapes[name], files[name] = tuple(opened.get_slice(name).get_shape()), file
     return Source(folder, config, shapes, files)
 
 

@@ -7,12 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, Qwen2Config
 
 from helpers.exports import CUTS, converted, tokenizer
 from helpers.models import stock_model
-from helpers.runs import refused
+from helpers.runs import cut, drop_weight, refused
 from hf_alibi.export.gguf import export_gguf
 
 gguf = pytest.importorskip("gguf")
@@ -133,12 +132,12 @@ def test_shards_are_read_by_their_index(tmp_path):
     assert export_gguf(tmp_path / "model", tmp_path / "shards.gguf").read_bytes() == whole
 
 
-@pytest.mark.parametrize("cut", CUTS)
-def test_the_tokenizer_goes_along(cut, tmp_path):
-    converted(tmp_path / "model", cut=cut)
+@pytest.mark.parametrize("kind", CUTS)
+def test_the_tokenizer_goes_along(kind, tmp_path):
+    converted(tmp_path / "model", cut=kind)
     fields, _ = read(export_gguf(tmp_path / "model", tmp_path / "model.gguf"))
     own = AutoTokenizer.from_pretrained(tmp_path / "model")
-    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", cut)
+    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", kind)
     found = fields["tokenizer.ggml.tokens"]
     assert len(found) == 320
     assert all(found[number] == word for word, number in own.get_vocab().items())
@@ -256,7 +255,7 @@ def test_bad_input_leaves_nothing_behind(tmp_path, monkeypatch):
         with refused(r"gguf cannot be imported .*; pip install 'hf-alibi\[gguf\]'"):
             export_gguf(model, out)
     weights = model / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
+    cut(weights)
     with refused("give a complete checkpoint"):
         export_gguf(model, out)
     weights.unlink()
@@ -286,10 +285,8 @@ LACKING = {
 @pytest.mark.parametrize("family", LACKING)
 def test_a_lacking_weight_is_refused(family, tmp_path):
     converted(tmp_path / "model", family)
-    weights = load_file(tmp_path / "model" / "model.safetensors")
     name, message = LACKING[family]
-    del weights[name]
-    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    assert drop_weight(tmp_path / "model", name) == name
     with refused(message):
         export_gguf(tmp_path / "model", tmp_path / "out.gguf")
 

@@ -33,9 +33,6 @@ class Engine(Protocol):
         Prompts are read in chunks, and tokens are written with the engine's cache.
         """
 
-    def prompt_logits(self, prompt: Sequence[int]) -> Any:
-        """Logits after each token of a prompt, float32 numpy array (tokens, vocabulary)."""
-
     def tokenized(self, text: str) -> list[int] | None:
         """Ids by the tokenizer in the engine's own file; None if it uses that of the folder."""
 

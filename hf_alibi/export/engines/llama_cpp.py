@@ -53,7 +53,7 @@ class LlamaCpp:
         return Continuation(ids, np.stack(rows[:COMPARED]))
 
     def prompt_logits(self, prompt: Sequence[int]) -> Any:
-        """As the protocol says, a token at a time."""
+        """Logits after each token of a prompt, float32 numpy array (tokens, vocabulary), read a token at a time."""
         self._llama.reset()
         rows = []
         for token in prompt:

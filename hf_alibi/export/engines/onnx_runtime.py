@@ -57,11 +57,6 @@ class OnnxRuntime:
         ids, logits = np.concatenate(chosen, axis=1), np.stack(rows[:COMPARED], axis=1)
         return [Continuation(of_one.tolist(), its) for of_one, its in zip(ids, logits, strict=True)]
 
-    def prompt_logits(self, prompt: Sequence[int]) -> Any:
-        """As the protocol says."""
-        ids = np.array([prompt], np.int64)
-        return np.concatenate([logits for logits, _ in self._read(ids, np.ones_like(ids))], axis=1)[0]
-
     def tokenized(self, text: str) -> list[int] | None:
         """None: it has no tokenizer."""
         return None

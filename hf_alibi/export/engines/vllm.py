@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 
+from ...configuration import head_width, num_key_heads
 from .engine import COMPARED, Continuation
 
 __all__ = ["Vllm", "open_engine"]
@@ -54,11 +55,6 @@ class Vllm:
             for text, first in zip(texts, rows, strict=True)
         ]
 
-    def prompt_logits(self, prompt: Sequence[int]) -> Any:
-        """As the protocol says: what it would continue each beginning of the prompt with."""
-        beginnings = [prompt[: length + 1] for length in range(len(prompt))]
-        return np.concatenate([found.logits for found in self.continued(beginnings, 1)])
-
     def tokenized(self, text: str) -> list[int] | None:
         """None: it uses the tokenizer of the folder."""
         return None
@@ -82,9 +78,7 @@ def _logits(flat: Any) -> Any:
 def _gibibytes(folder: Path, tokens: int) -> int:
     """What the cache of a CPU needs for two sequences of that many tokens, in float32."""
     config: Any = AutoConfig.from_pretrained(folder)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    needed: float = 2 * tokens * config.num_hidden_layers * 2 * heads * width * 4 / 2**30
+    needed: float = 2 * tokens * config.num_hidden_layers * 2 * num_key_heads(config) * head_width(config) * 4 / 2**30
     return math.ceil(needed) + 1
 
 

@@ -19,7 +19,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from ...configuration import stock_config
 from ...model.anatomy import text_decoder
 from ...model.installation import replace_positions
-from ..targets import TARGETS, layer_slopes
+from ..targets import layer_slopes
+from .plugin import refuse_unserved
 
 __all__ = ["AlibiServed"]
 
@@ -52,9 +53,8 @@ class AlibiServed:
 
     def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
         """Build the model. Raises ValueError for a config, or an attention backend, that would run without the bias."""
+        refuse_unserved(vllm_config.model_config)
         config = vllm_config.model_config.hf_config
-        if (reason := TARGETS["vllm"].refusal(config)) is not None:
-            raise ValueError(f"cannot serve {vllm_config.model_config.model} with its ALiBi bias: {reason}")
         if current_platform.is_cuda() and vllm_config.attention_config.backend is None:
             vllm_config.attention_config.backend = _cuda_backend(vllm_config.model_config.dtype)
         slopes = layer_slopes(config)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..targets import TARGETS
 
-__all__ = ["register"]
+__all__ = ["refuse_unserved", "register"]
 
 # Without --max-model-len vLLM would make room for UNLIMITED tokens. It then fits the length to the memory, up to this.
 _LONGEST = 131_072
@@ -37,12 +37,17 @@ def register() -> None:
 
 
 def _check(model_config: Any) -> None:
-    """Raise ValueError for a model that vLLM cannot run as it is meant; choose a length if none was given."""
-    if (reason := TARGETS["vllm"].refusal(model_config.hf_config)) is not None:
-        raise ValueError(f"cannot serve {model_config.model} with its ALiBi bias: {reason}")
+    """Refuse a model that vLLM cannot run as it is meant; choose a length if none was given."""
+    refuse_unserved(model_config)
     if model_config.original_max_model_len in (None, -1):
         model_config.original_max_model_len = -1
         model_config.max_model_len = min(model_config.max_model_len, _LONGEST)
         logging.getLogger("vllm.hf_alibi").info(
             "ALiBi has no longest sequence; without --max-model-len it is what the memory holds, up to %d", _LONGEST
         )
+
+
+def refuse_unserved(model_config: Any) -> None:
+    """Raise ValueError for a model that vLLM cannot run as it is meant."""
+    if (reason := TARGETS["vllm"].refusal(model_config.hf_config)) is not None:
+        raise ValueError(f"cannot serve {model_config.model} with its ALiBi bias: {reason}")
