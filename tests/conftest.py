@@ -9,6 +9,7 @@ import torch
 import transformers
 from hypothesis import settings
 
+import helpers.interpreter  # noqa: F401
 from helpers.models import FAMILIES
 
 # The same examples at every run; `--hypothesis-profile=default` draws new ones.

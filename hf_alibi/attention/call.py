@@ -34,6 +34,15 @@ class AttentionCall:
     """Share of a row's weights that may be left out."""
     dropout: float = 0.0
     """Probability, applied to the weights."""
+    softcap: float | None = None
+    """Bound of the logits, before the bias is added (Gemma 2)."""
+    learned_sinks: Tensor | None = None
+    """(heads,), logits that take a share of each query's weights (gpt-oss)."""
+
+    @property
+    def has_other_logits(self) -> bool:
+        """Whether logits are capped, or sinks were learned."""
+        return self.softcap is not None or self.learned_sinks is not None
 
     @property
     def groups(self) -> int:
@@ -72,7 +81,8 @@ def resolve(
     tolerance = exact_tolerance(query.dtype) if config.alibi_tolerance is None else config.alibi_tolerance
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     slopes = head_slopes(module, query, value, query.device)
-    return AttentionCall(query, key, value, mask, slopes, scaling, tolerance, dropout)
+    learned = kwargs.get("softcap"), kwargs.get("s_aux")
+    return AttentionCall(query, key, value, mask, slopes, scaling, tolerance, dropout, *learned)
 
 
 def autocast(device: torch.device, *tensors: Tensor) -> list[Tensor]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .call import resolve
+from .call import AttentionCall, resolve
 from .inputs import visible_keys
 
-__all__ = ["eager_alibi_attention"]
+__all__ = ["attend_eagerly", "eager_alibi_attention"]
 
 
 def eager_alibi_attention(
@@ -33,7 +34,6 @@ def eager_alibi_attention(
     Returns the output (batch, queries, heads, head_dim) and the weights (batch, heads, queries, keys), of which a row
     sums to less than 1 if a sink takes its share.
     """
-    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     call = resolve(
         "eager",
         module,
@@ -44,8 +44,15 @@ def eager_alibi_attention(
         kwargs=kwargs,
         supported=("softcap", "s_aux"),
     )
-    allowed, added, _ = visible = visible_keys(attention_mask, query, key)
-    key, value = (states.repeat_interleave(call.groups, dim=1) for states in (key, value))
+    output, weights = attend_eagerly(call if module.training else replace(call, dropout=0.0))
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def attend_eagerly(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Output (batch, heads, queries, head_dim) and weights (batch, heads, queries, keys) of any call."""
+    query, softcap, sinks = call.query, call.softcap, call.learned_sinks
+    allowed, added, _ = visible = visible_keys(call.mask, query, call.key)
+    key, value = (states.repeat_interleave(call.groups, dim=1) for states in (call.key, call.value))
 
     wide = torch.promote_types(query.dtype, torch.float32)
     # Autocast would take the product of two float32 tensors in a half type.
@@ -64,6 +71,6 @@ def eager_alibi_attention(
         else:
             weights = logits.softmax(dim=-1)
         weights = weights.masked_fill(~allowed.any(dim=-1, keepdim=True), 0.0)
-        weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+        weights = nn.functional.dropout(weights, p=call.dropout)
         output = (weights @ value.to(wide)).to(value.dtype)
-    return output.transpose(1, 2).contiguous(), weights.to(value.dtype)
+    return output, weights.to(value.dtype)

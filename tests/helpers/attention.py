@@ -11,11 +11,16 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import reference
+from helpers.triton_kernels import kernels_run, needs_triton
 from hf_alibi.attention.backends import BACKENDS
 from hf_alibi.attention.sdpa import dispatch as sdpa_backend
 
 # flash-attn needs a GPU, flex_attention a compiler; they have tests of their own.
-ANYWHERE = [*(name for name in BACKENDS if name not in ("flash_attention_2", "flex_attention")), "unwindowed"]
+ANYWHERE = [
+    *(name for name in BACKENDS if name not in ("flash_attention_2", "flex_attention")),
+    "unwindowed",
+    pytest.param("kernels", marks=needs_triton),
+]
 
 fused = pytest.mark.skipif(
     not any(map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++"])), reason="needs a C++ compiler"
@@ -51,8 +56,11 @@ def qkv(batch, heads, key_heads, queries, keys, width=16, dtype=torch.float32, s
 
 
 def run(backend, query, key, value, mask=None, module=None, **kwargs):
-    """`unwindowed` is sdpa as it runs where no key can be left out: on accelerators, compiled, with dropout."""
+    """`unwindowed` is sdpa as it runs where no key can be left out: compiled, with dropout; `kernels`, on a GPU."""
     module = layer(query.shape[1]) if module is None else module
+    if backend == "kernels":
+        with kernels_run():
+            return run("sdpa", query, key, value, mask, module, **kwargs)
     with pytest.MonkeyPatch.context() as patch:
         if backend == "unwindowed":
             backend = "sdpa"

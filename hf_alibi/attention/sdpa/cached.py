@@ -26,6 +26,11 @@ def attend_cached(call: AttentionCall, attend: Callable[[AttentionCall], Tensor]
         call: with `CachedStates` for key and value.
         attend: takes the call of a first step, whose keys and values are all there.
     """
+    if call.has_other_logits:
+        raise ValueError(
+            "AlibiCache is for plain logits, and these are capped or share a row with learned sinks; use transformers' "
+            "DynamicCache"
+        )
     key: CachedStates = call.key
     # Half for what the cache has dropped, half for what is not read of the rest.
     call = replace(call, tolerance=call.tolerance / 2)

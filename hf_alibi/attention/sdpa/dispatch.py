@@ -2,14 +2,17 @@
 
 - Causal runs of queries on the CPU, also under padding or in packed sequences: `windowed`, which skips far keys.
 - One token after a long cache on the CPU: `decoding`, which skips far values.
-- Causal attention on accelerators, compiled, or with dropout: `factored`, the plain kernel without a dense bias.
-- Capped logits and sinks, which no kernel has: `eager`.
+- The same on a GPU: Triton kernels (`gpu`), which skip far keys and take capped logits and learned sinks as well.
+- Causal attention on other accelerators, compiled on a CPU, or with dropout: `factored`, the plain kernel of PyTorch
+  without a dense bias.
+- Capped logits and learned sinks elsewhere: `eager`.
 - Everything else: `dense`, a matrix of the bias for a block of queries at a time.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 from ..blocks import is_exported, under_torch_func
 from ..cache import CachedStates
 from ..call import AttentionCall, autocast, resolve
-from ..eager import eager_alibi_attention
+from ..eager import attend_eagerly
 from ..inputs import visible_keys
 from . import cpu_kernel
 from .cached import attend_cached
@@ -30,6 +33,9 @@ from .windowed import windowed_attention
 
 __all__ = ["sdpa_alibi_attention"]
 
+# Of CUDA and ROCm.
+_KERNEL_DEVICES = {"cuda"}
+_HAS_TRITON = find_spec("triton") is not None
 # Keys from which one new token costs less by `decode`, which has more steps.
 _DECODE_KEYS = 2**15
 
@@ -50,12 +56,16 @@ def sdpa_alibi_attention(
 
     Returns the output (batch, queries, heads, head_dim) and None: this backend has no weights to show.
     """
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        # No kernel of PyTorch does these.
-        output, _ = eager_alibi_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
-        return output, None
-    states = (query, key, value)
-    call = resolve("sdpa", module, states, attention_mask, scaling=scaling, dropout=dropout, kwargs=kwargs)
+    call = resolve(
+        "sdpa",
+        module,
+        (query, key, value),
+        attention_mask,
+        scaling=scaling,
+        dropout=dropout,
+        kwargs=kwargs,
+        supported=("softcap", "s_aux"),
+    )
     output = attend_cached(call, _attend) if isinstance(key, CachedStates) else _attend(call)
     return output.transpose(1, 2).contiguous(), None
 
@@ -77,6 +87,14 @@ def _by_path(call: AttentionCall) -> Tensor:
             raise ValueError(f"causal attention of {queries} queries needs as many keys, got {key.shape[2]}")
         key, value = key[:, :, :queries], value[:, :, :queries]
         call = replace(call, key=key, value=value)
+    if query.device.type in _KERNEL_DEVICES and _HAS_TRITON:
+        from .gpu import path as kernels  # takes Triton, which CPUs do without
+
+        if kernels.refuses(call) is None and (output := kernels.attend(call)) is not None:
+            return output
+    if call.has_other_logits:
+        # No kernel of PyTorch does these.
+        return attend_eagerly(call)[0]
     if _can_skip(call):
         if queries == 1 and key.shape[2] >= _DECODE_KEYS and query.dtype.itemsize >= 4:
             visible = visible_keys(call.mask, query, key)

@@ -6,9 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from .far_keys import Span
 
-__all__ = ["Reads", "record_reads", "recording", "report_reads"]
+__all__ = ["Reads", "record_reads", "recording", "report_reads", "report_windows"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,35 @@ def report_reads(
         reads.append(
             Reads(batch, queries, keys + sinks, tuple(n + batch * queries * sinks for n in pairs), tuple(windows))
         )
+
+
+def report_windows(window: Tensor, first: Tensor, last: Tensor, *, rows: int, block: int, sink_tokens: int = 0) -> None:
+    """Tell all open records what the kernels read, see `gpu.forward.attend`.
+
+    Args:
+        window: (batch, heads, query blocks, 4), from and to of the first keys and of the rest, in blocks of keys.
+        first, last: key that each query sees, (batch, queries); the last is -1 for a query that sees none.
+        rows, block: queries of a query block, and keys of a block.
+        sink_tokens: see `HeadSlopes`.
+    """
+    first, last = first.cpu().long(), last.cpu().long()
+    # For each query (batch, heads, queries, 4), in tokens.
+    begin, end, low, high = (
+        (window.cpu().long() * block).repeat_interleave(rows, dim=2)[:, :, : first.shape[1]].unbind(-1)
+    )
+    for index, (firsts, lasts) in enumerate(zip(first, last, strict=True)):
+        stop = lasts + 1
+        head = (end[index].minimum(stop) - begin[index].maximum(firsts)).clamp(min=0)
+        rest = (high[index].minimum(stop) - low[index].maximum(firsts)).clamp(min=0)
+        furthest = torch.where((head > 0) & (sink_tokens == 0), begin[index], low[index]).maximum(firsts)
+        _, counts = torch.unique_consecutive(firsts.masked_fill(lasts < 0, -1), return_counts=True)
+        for own in torch.arange(len(firsts)).split(counts.tolist()):
+            if lasts[own[0]] >= 0:
+                keys = int(lasts[own[-1]] - firsts[own[0]]) + 1
+                pairs = (head + rest)[:, own].sum(dim=1).tolist()
+                windows = (lasts - furthest)[:, own].amax(dim=1).tolist()
+                for reads in _open:
+                    reads.append(Reads(1, len(own), keys, tuple(pairs), tuple(windows)))
 
 
 def _triangle(queries: int, keys: int) -> int:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..inputs import visible_range
+from .remembered import remembered
 
 __all__ = ["OtherQueries", "Segment", "segments_of"]
 
@@ -58,11 +58,8 @@ class OtherQueries:
     queries: slice
 
 
-# All layers of a model get the same mask.
-_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def segments_of(allowed: Tensor, own: Tensor | None = None) -> tuple[list[Segment], list[OtherQueries]] | None:
+@remembered
+def segments_of(allowed: Tensor, own: Tensor | None) -> tuple[list[Segment], list[OtherQueries]] | None:
     """Segments of a mask, and the queries that are in none but see something; None if segments would not pay.
 
     Args:
@@ -73,12 +70,7 @@ def segments_of(allowed: Tensor, own: Tensor | None = None) -> tuple[list[Segmen
     """
     if allowed.shape[1] > 1 and allowed.stride(1):
         return None
-    if allowed.is_inference():  # has no version to tell whether it was changed since
-        return _find(allowed[:, 0], own)
-    if allowed not in _known or _known[allowed][0] != allowed._version:
-        _known[allowed] = allowed._version, _find(allowed[:, 0], own)
-    found: tuple[list[Segment], list[OtherQueries]] | None = _known[allowed][1]
-    return found
+    return _find(allowed[:, 0], own)
 
 
 def _find(allowed: Tensor, own: Tensor | None) -> tuple[list[Segment], list[OtherQueries]] | None:

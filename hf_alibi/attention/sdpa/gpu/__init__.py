@@ -1,0 +1,1 @@
+"""ALiBi attention in Triton kernels, for CUDA and ROCm."""

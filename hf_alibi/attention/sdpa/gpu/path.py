@@ -1,0 +1,74 @@
+"""What the kernels take of the attention calls of a model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...blocks import under_torch_func
+from ...call import AttentionCall
+from ...inputs import Visible, visible_keys
+from ..reads import recording, report_windows
+from .launches import Runs, Settings, Sizes, sizes_for
+from .operator import alibi_attention
+from .runs import runs_of
+
+__all__ = ["attend", "refuses"]
+
+_TYPES = {torch.float32, torch.float16, torch.bfloat16}
+_WIDEST = 256
+
+
+def refuses(call: AttentionCall) -> str | None:
+    """Why the kernels do not take the call; None if they do. Whether its mask is of runs is not asked here."""
+    query, value = call.query, call.value
+    if query.dtype not in _TYPES:
+        return f"the kernels compute in float32, float16 and bfloat16, got {query.dtype}"
+    if max(query.shape[-1], value.shape[-1]) > _WIDEST:
+        return f"the kernels take heads of at most {_WIDEST} dimensions"
+    if query.shape[2] == 1 or query.shape[2] > call.key.shape[2]:
+        return "the kernels take several queries, and at least as many keys"
+    if call.dropout:
+        return "the kernels have no dropout"
+    if call.slopes.dynamic is not None:
+        return "the kernels take slopes that depend on the head alone"
+    if call.mask is not None and torch.compiler.is_compiling():
+        return "what a mask holds is not known while a model is compiled"
+    if under_torch_func() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return "the kernels are not traced or transformed"
+    return None
+
+
+def attend(call: AttentionCall, sizes: Sizes | None = None) -> Tensor | None:
+    """Output (batch, heads, queries, head_dim); None if the mask is more than a run of keys for each query."""
+    query = call.query
+    runs: Runs | None = None
+    if call.mask is not None:
+        runs = _runs(visible_keys(call.mask, query, call.key), len(query))
+        if runs is None:
+            return None
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, call.key, call.value))
+    settings = Settings(call.scaling, call.tolerance, call.slopes.sink_tokens, call.softcap or 0.0)
+    output, window = alibi_attention(
+        (query, key, value), runs, call.slopes.per_head, call.learned_sinks, settings, sizes
+    )
+    if recording():
+        sizes = sizes or sizes_for(query.shape[-1], value.shape[-1], query.dtype.itemsize)
+        first, last = runs or _causal(len(query), query.shape[2], key.shape[2])
+        report_windows(window, first, last, rows=sizes.rows, block=sizes.block, sink_tokens=settings.sink_tokens)
+    return output
+
+
+def _causal(batch: int, queries: int, keys: int) -> Runs:
+    last = torch.arange(keys - queries, keys).expand(batch, -1)
+    return torch.zeros_like(last), last
+
+
+def _runs(visible: Visible, batch: int) -> Runs | None:
+    if visible.added is not None:
+        return None
+    runs = runs_of(visible.allowed, visible.own)
+    if runs is None or len(runs[0]) == batch:
+        return runs
+    first, last = (x.expand(batch, -1).contiguous() for x in runs)
+    return first, last
