@@ -256,6 +256,9 @@ def _made(stock: type[PreTrainedModel], name: str, **members: Any) -> type[PreTr
     if stock.__name__.startswith("GPT2"):
         # transformers does not offer what GPT-2's self-attention can do.
         members.update(_supports_flex_attn=True)
+    if stock._supports_attention_backend and not stock._supports_sdpa:
+        # Nor capped logits and learned sinks under this name.
+        members.update(_supports_sdpa=True)
     return type(name, (AlibiModel, stock), members)
 
 

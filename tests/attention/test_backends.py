@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from helpers import reference
-from helpers.attention import ANYWHERE, LargestTensor, expected, largest, layer, qkv, run
+from helpers.attention import ANYWHERE, EVERYWHERE, LargestTensor, expected, largest, layer, qkv, run
 from hf_alibi.attention import blocks
 from hf_alibi.attention.backends import alibi_name
 from hf_alibi.attention.sdpa import factored
@@ -19,7 +19,7 @@ from hf_alibi.attention.sdpa import factored
 EXACT = 1e-5
 
 
-backends = pytest.mark.parametrize("backend", ANYWHERE)
+backends = pytest.mark.parametrize("backend", EVERYWHERE)
 
 
 @backends

@@ -6,7 +6,7 @@ from transformers import AutoModelForImageTextToText, Gemma3Config
 
 import hf_alibi
 from helpers import reference
-from helpers.attention import ANYWHERE, additive, expected, largest, layer, qkv, run, with_gradients
+from helpers.attention import EVERYWHERE, additive, expected, largest, layer, qkv, run, with_gradients
 from helpers.composites import TEXT, VISION
 from helpers.masks import padded, triangle
 from helpers.models import stock_model, tokens
@@ -43,7 +43,7 @@ def truth(query, key, value, mask):
 
 @pytest.mark.parametrize("form", [lambda mask: mask, additive], ids=["bool", "additive"])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("backend", ANYWHERE)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 def test_the_bias_falls_with_distance_both_ways(backend, mask, form):
     inputs = [x.requires_grad_() for x in qkv(2, 4, 2, LENGTH, LENGTH)]
     wide = [x.detach().double().requires_grad_() for x in inputs]
@@ -54,7 +54,7 @@ def test_the_bias_falls_with_distance_both_ways(backend, mask, form):
         assert largest(a, b) < 2e-5
 
 
-@pytest.mark.parametrize("backend", ANYWHERE)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize("empty", [0, 1, 90, 300], ids="empty={}".format)
 @pytest.mark.parametrize("past", [0, 30])
 def test_in_a_static_cache_whose_end_is_still_empty(backend, past, empty):
@@ -66,7 +66,7 @@ def test_in_a_static_cache_whose_end_is_still_empty(backend, past, empty):
     assert largest(run(backend, query[:, :, past:], key, value, rows[None, None]), want) < 2e-5
 
 
-@pytest.mark.parametrize("backend", ANYWHERE)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 def test_padding_after_all_sequences_of_a_later_chunk_is_no_empty_cache(backend):
     mask = triangle(LENGTH)
     mask[:, LENGTH - 9 :] = False

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingCon
 import hf_alibi
 from helpers import reference
 from helpers.attention import (
-    ANYWHERE,
+    EVERYWHERE,
     additive,
     block_mask,
     fused,
@@ -50,7 +50,7 @@ from hf_alibi.model.anatomy import text_decoder
 EXACT = 5e-6
 LENGTH = 300
 
-backends = pytest.mark.parametrize("backend", ANYWHERE)
+backends = pytest.mark.parametrize("backend", EVERYWHERE)
 counts = pytest.mark.parametrize("count", [0, 1, 4, LENGTH + 5])
 
 

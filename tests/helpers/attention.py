@@ -16,11 +16,9 @@ from hf_alibi.attention.backends import BACKENDS
 from hf_alibi.attention.sdpa import dispatch as sdpa_backend
 
 # flash-attn needs a GPU, flex_attention a compiler; they have tests of their own.
-ANYWHERE = [
-    *(name for name in BACKENDS if name not in ("flash_attention_2", "flex_attention")),
-    "unwindowed",
-    pytest.param("kernels", marks=needs_triton),
-]
+ANYWHERE = [*(name for name in BACKENDS if name not in ("flash_attention_2", "flex_attention")), "unwindowed"]
+# The same and the kernels of GPUs, which take minutes where there is none.
+EVERYWHERE = [*ANYWHERE, pytest.param("kernels", marks=[needs_triton, pytest.mark.slow])]
 
 fused = pytest.mark.skipif(
     not any(map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++"])), reason="needs a C++ compiler"

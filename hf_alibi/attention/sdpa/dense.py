@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..blocks import dense_rows, in_blocks, is_exported
 from ..call import AttentionCall
+from ..eager import attend_eagerly
 from ..inputs import visible_keys
 
 __all__ = ["dense_attention"]
@@ -21,6 +23,9 @@ def dense_attention(call: AttentionCall) -> Tensor:
 
     def attend(query: Tensor, first: int) -> Tensor:
         seen = visible.part(slice(None), slice(first, first + query.shape[2]))
+        if call.has_other_logits:
+            # No kernel of PyTorch does these.
+            return attend_eagerly(replace(call, query=query, mask=seen))[0]
         bias = call.slopes.bias(seen)
         return _with_bias(call, query, bias if seen.added is None else bias + seen.added)
 

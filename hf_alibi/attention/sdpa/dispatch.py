@@ -5,8 +5,8 @@
 - The same on a GPU: Triton kernels (`gpu`), which skip far keys and take capped logits and learned sinks as well.
 - Causal attention on other accelerators, compiled on a CPU, or with dropout: `factored`, the plain kernel of PyTorch
   without a dense bias.
-- Capped logits and learned sinks elsewhere: `eager`.
-- Everything else: `dense`, a matrix of the bias for a block of queries at a time.
+- Everything else, and capped logits and learned sinks where there are no such kernels: `dense`, a matrix of the bias
+  for a block of queries at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from ..blocks import is_exported, under_torch_func
 from ..cache import CachedStates
 from ..call import AttentionCall, autocast, resolve
-from ..eager import attend_eagerly
 from ..inputs import visible_keys
 from . import cpu_kernel
 from .cached import attend_cached
@@ -93,8 +92,7 @@ def _by_path(call: AttentionCall) -> Tensor:
         if kernels.refuses(call) is None and (output := kernels.attend(call)) is not None:
             return output
     if call.has_other_logits:
-        # No kernel of PyTorch does these.
-        return attend_eagerly(call)[0]
+        return dense_attention(call)
     if _can_skip(call):
         if queries == 1 and key.shape[2] >= _DECODE_KEYS and query.dtype.itemsize >= 4:
             visible = visible_keys(call.mask, query, key)

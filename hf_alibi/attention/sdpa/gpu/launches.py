@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -59,17 +58,21 @@ class Sizes:
     backward_stages: int = 2
 
 
-@lru_cache(maxsize=64)
+# By the bytes of a number and the columns of a tile: as large as leaves no registers to memory on an H100, of which
+# the memory that a block of threads shares suffices.
+_SIZES = {
+    (2, 64): Sizes(query_tile=32),
+    (2, 128): Sizes(key_tile=64, query_tile=32, warps=8, stages=2),
+    (2, 256): Sizes(rows=64, keys=32, key_tile=64, query_tile=16, warps=8, stages=2),
+    (4, 64): Sizes(rows=64, keys=32, chunk=32, key_tile=32, query_tile=32, warps=8, stages=2),
+    (4, 128): Sizes(rows=32, keys=32, chunk=32, key_tile=32, query_tile=16, warps=8, stages=2),
+    (4, 256): Sizes(rows=16, keys=16, chunk=16, key_tile=16, query_tile=16, warps=8, stages=1, backward_stages=1),
+}
+
+
 def sizes_for(width: int, value_width: int, itemsize: int) -> Sizes:
-    """Sizes whose tiles fit the shared memory of a GPU, for heads of these widths and numbers of `itemsize` bytes."""
-    size = max(_columns(width), _columns(value_width)) * itemsize
-    if size <= 128:
-        return Sizes()
-    if size <= 256:
-        return Sizes(warps=8, stages=2)
-    if size <= 512:
-        return Sizes(rows=64, keys=32, key_tile=64, query_tile=32, stages=2)
-    return Sizes(rows=32, keys=32, chunk=32, key_tile=32, query_tile=32, stages=1, backward_stages=1)
+    """Sizes for heads of these widths and numbers of `itemsize` bytes."""
+    return _SIZES[itemsize, max(64, _columns(max(width, value_width)))]
 
 
 def _columns(width: int) -> int:

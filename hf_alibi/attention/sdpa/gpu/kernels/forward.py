@@ -96,8 +96,9 @@ def attend(
     query = load_rows(of_queries, begin, query_row, queries, ROWS, WIDTH, COLUMNS, True)
     first, last = runs_of_queries(FIRST, LAST, batch, begin, queries, keys, ROWS, RUNS)
     sees, reference = last >= 0, tl.max(last, 0)
-    lowest_last = tl.min(tl.where(sees, last, _NONE), 0)
-    start = tl.min(first, 0) // BLOCK
+    # If no query sees anything, these are -1 and 0.
+    lowest_last = tl.minimum(tl.min(tl.where(sees, last, _NONE), 0), reference)
+    start = tl.minimum(tl.min(first, 0), reference + 1) // BLOCK
     near = tl.maximum(lowest_last // BLOCK - 1, start)
     head_end = tl.minimum(start + 1, near)
     if SINK_TOKENS > 0:
