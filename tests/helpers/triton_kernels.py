@@ -52,5 +52,5 @@ def kernels_run(sizes=None):
             from hf_alibi.attention.sdpa.gpu import launches, path
 
             for module in (launches, path):
-                patch.setattr(module, "sizes_for", lambda *_: sizes)
+                patch.setattr(module, "sizes_of", lambda *_: sizes)
         yield

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -20,7 +21,8 @@ def remembered(find: Callable[[Tensor, Tensor | None], T]) -> Callable[[Tensor, 
 
     @wraps(find)
     def once(allowed: Tensor, own: Tensor | None = None) -> T:
-        if allowed.is_inference():  # has no version to tell whether it was changed since
+        # A tensor of inference mode has no version to tell whether it was changed since.
+        if allowed.is_inference() or torch.compiler.is_compiling():
             return find(allowed, own)
         if allowed not in known or known[allowed][0] != allowed._version:
             known[allowed] = allowed._version, find(allowed, own)

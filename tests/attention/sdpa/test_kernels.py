@@ -131,6 +131,53 @@ def test_tiles_of_other_sizes(changes):
     check(qkv(1, 2, 1, 70, 70), packed(10, 60), sizes=tiles(**changes))
 
 
+ONE = {
+    "no mask": None,
+    "left padding": torch.arange(600) >= 250,
+    "the end of a static cache": torch.arange(600) < 350,
+    "holes": torch.arange(600) % 7 > 1,
+    "another for each sequence": torch.stack([torch.arange(600) >= 10, torch.arange(600) < 20]),
+}
+
+
+@pytest.mark.parametrize("name", ONE)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sink_tokens": 3}, {"softcap": 1.5}, {"sinks": torch.tensor([0.3, -1.0, 2.0, 0.0])}],
+    ids=lambda options: next(iter(options), "plain"),
+)
+def test_one_new_token(name, options):
+    query, key, value = qkv(2, 4, 2, 1, 600, 24)
+    value, slopes, mask = value[..., :17], (1.0, 0.1, 0.01, 0.0), ONE[name]
+    seen = torch.ones(2, 600, dtype=torch.bool) if mask is None else mask.expand(2, -1)
+    # The bias counts the tokens that are seen.
+    position = seen.cumsum(-1)
+    position = torch.cat([position, position[:, -1:]], dim=1)
+    added = torch.zeros(2, 2, 1, 24)
+    exact = reference.attention(
+        query,
+        torch.cat([key, added], dim=2),
+        torch.cat([value, added[..., :17]], dim=2),
+        torch.cat([seen, torch.zeros(2, 1, dtype=torch.bool)], dim=1)[:, None],
+        position,
+        torch.tensor(slopes),
+        24**-0.5,
+        **options,
+    )
+    output = attend(query, key, value, None if mask is None else seen[:, None, None], slopes=slopes, **options)
+    assert largest(output, exact) < EXACT
+
+
+def test_one_new_token_reads_no_values_of_no_weight():
+    query, key, value = qkv(1, 1, 1, 1, 600)
+    key[:, :, 5] = query[:, :, 0] * 400
+    value[:, :, 100:300] = math.nan
+    output = attend(query, key, value, slopes=(0.4,))
+    assert output.isfinite().all()
+    clean = value.nan_to_num(0.0)
+    assert largest(output, truth(query, key, clean, torch.ones(1, 1, 600, dtype=torch.bool), (0.4,))) < EXACT
+
+
 def test_any_strides():
     states = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(1, 2, 2, 20, 20)]
     check(states)

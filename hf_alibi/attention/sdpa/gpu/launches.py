@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,18 @@ from .kernels.backward import attend_backward_keys, attend_backward_queries
 from .kernels.forward import attend
 from .kernels.key_blocks import summarize_keys
 
-__all__ = ["Runs", "Settings", "Sizes", "launch_backward", "launch_forward", "sizes_for"]
+__all__ = [
+    "Runs",
+    "Settings",
+    "Sizes",
+    "by_tokens",
+    "columns",
+    "launch_backward",
+    "launch_forward",
+    "sizes_for",
+    "sizes_of",
+    "strides",
+]
 
 Runs = tuple[Tensor, Tensor]
 """First and last key that each query sees, int32 (batch, queries); the last is -1 for a query that sees none."""
@@ -58,8 +70,7 @@ class Sizes:
     backward_stages: int = 2
 
 
-# By the bytes of a number and the columns of a tile: as large as leaves no registers to memory on an H100, of which
-# the memory that a block of threads shares suffices.
+# By the bytes of a number and the columns of a tile: as large as leaves registers enough on an H100.
 _SIZES = {
     (2, 64): Sizes(query_tile=32),
     (2, 128): Sizes(key_tile=64, query_tile=32, warps=8, stages=2),
@@ -68,24 +79,46 @@ _SIZES = {
     (4, 128): Sizes(rows=32, keys=32, chunk=32, key_tile=32, query_tile=16, warps=8, stages=2),
     (4, 256): Sizes(rows=16, keys=16, chunk=16, key_tile=16, query_tile=16, warps=8, stages=1, backward_stages=1),
 }
+# Bytes that a block of threads shares on data centre GPUs from the A100 on; others have 99 KiB, too few for two stages.
+_SHARED = 160 * 2**10
 
 
-def sizes_for(width: int, value_width: int, itemsize: int) -> Sizes:
-    """Sizes for heads of these widths and numbers of `itemsize` bytes."""
-    return _SIZES[itemsize, max(64, _columns(max(width, value_width)))]
+@lru_cache(maxsize=64)
+def sizes_for(width: int, value_width: int, itemsize: int, shared: int = _SHARED) -> Sizes:
+    """Sizes for heads of these widths and numbers of `itemsize` bytes.
+
+    Args:
+        width, value_width: of a head's keys and values.
+        itemsize: bytes of a number.
+        shared: bytes of memory that a block of threads has.
+    """
+    wide = max(64, columns(max(width, value_width)))
+    sizes = _SIZES[itemsize, wide]
+    return sizes if shared >= _SHARED or wide == 64 else replace(sizes, stages=1, backward_stages=1)
 
 
-def _columns(width: int) -> int:
+def sizes_of(states: tuple[Tensor, Tensor, Tensor]) -> Sizes:
+    """`sizes_for` query, key and value, where they are."""
+    query, _, value = states
+    shared = _SHARED
+    if query.is_cuda and not torch.version.hip:
+        properties: Any = torch.cuda.get_device_properties(query.device)
+        shared = properties.shared_memory_per_block_optin
+    # For compilers: widths are numbers, not symbols.
+    return sizes_for(int(query.shape[-1]), int(value.shape[-1]), query.dtype.itemsize, shared)
+
+
+def columns(width: int) -> int:
     """Columns of a tile for heads of `width`: a power of two."""
     return max(16, 1 << (width - 1).bit_length())
 
 
-def _strides(*tensors: Tensor) -> list[int]:
+def strides(*tensors: Tensor) -> list[int]:
     """Of batch, heads and tokens."""
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
-def _by_tokens(like: Tensor, width: int | None = None) -> Tensor:
+def by_tokens(like: Tensor, width: int | None = None) -> Tensor:
     """Empty, of the shape of `like` (batch, heads, tokens, width), in the layout of models, tokens before heads."""
     batch, heads, tokens, own = like.shape
     return like.new_empty(batch, tokens, heads, own if width is None else width).transpose(1, 2)
@@ -97,14 +130,14 @@ def _as_it_is(kernel: Any) -> Any:
 
 def _common(query: Tensor, value: Tensor, runs: Runs | None, settings: Settings, sizes: Sizes) -> dict[str, Any]:
     """Arguments that all kernels take."""
-    width, value_width = query.shape[-1], value.shape[-1]
+    width, value_width = int(query.shape[-1]), int(value.shape[-1])
     return {
         "scaling": settings.scaling / math.log(2),
         "cap": settings.softcap / math.log(2),
         "WIDTH": width,
         "VALUE_WIDTH": value_width,
-        "COLUMNS": _columns(width),
-        "VALUE_COLUMNS": _columns(value_width),
+        "COLUMNS": columns(width),
+        "VALUE_COLUMNS": columns(value_width),
         "BLOCK": sizes.block,
         "SINK_TOKENS": settings.sink_tokens,
         "RUNS": runs is not None,
@@ -134,10 +167,10 @@ def launch_forward(
         launcher: makes of a kernel what is launched, as `torch.library.wrap_triton` does for compilers.
     """
     query, key, value = states
-    sizes = sizes or sizes_for(query.shape[-1], value.shape[-1], query.dtype.itemsize)
+    sizes = sizes or sizes_of(states)
     (batch, heads, queries, width), (_, key_heads, keys, _) = query.shape, key.shape
     query_blocks, key_blocks = -(-queries // sizes.rows), -(-keys // sizes.block)
-    output = _by_tokens(query, value.shape[-1])
+    output = by_tokens(query, value.shape[-1])
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
     window = query.new_empty(batch, heads, query_blocks, 4, dtype=torch.int32)
     common = _common(query, value, runs, settings, sizes)
@@ -148,12 +181,12 @@ def launch_forward(
         centroid = key.new_empty(batch * key_heads, key_blocks, width)
         radius = key.new_empty(batch * key_heads, key_blocks, dtype=torch.float32)
         launcher(summarize_keys)[key_blocks, batch * key_heads](
-            key, centroid, radius, *_strides(key), keys, key_heads, sizes.block, width, common["COLUMNS"]
+            key, centroid, radius, *strides(key), keys, key_heads, sizes.block, common["WIDTH"], common["COLUMNS"]
         )
     first, last = runs or (window, window)
     launcher(attend)[query_blocks, batch * heads](
         query, key, value, output, lse, window, centroid, radius, first, last, slopes, lse if sinks is None else sinks,
-        *_strides(query, key, value, output), queries, keys, heads, heads // key_heads,
+        *strides(query, key, value, output), queries, keys, heads, heads // key_heads,
         tolerance=math.log2(settings.tolerance) if skip else 0.0, ROWS=sizes.rows, KEYS=sizes.keys, CHUNK=sizes.chunk,
         SKIP=skip, LEARNED_SINK=sinks is not None, num_warps=sizes.warps, num_stages=sizes.stages, **common,
     )  # fmt: skip
@@ -177,22 +210,22 @@ def launch_backward(
         runs, slopes, settings, sizes, launcher: as given there.
     """
     query, key, value, output, lse, window = saved
-    sizes = sizes or sizes_for(query.shape[-1], value.shape[-1], query.dtype.itemsize)
+    sizes = sizes or sizes_of((query, key, value))
     (batch, heads, queries, _), (_, key_heads, keys, _) = query.shape, key.shape
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    d_query, d_key, d_value = (_by_tokens(x) for x in (query, key, value))
+    d_query, d_key, d_value = (by_tokens(x) for x in (query, key, value))
     delta = torch.empty_like(lse)
     common = _common(query, value, runs, settings, sizes)
     first, last = runs or (window, window)
     query_blocks = window.shape[2]
     launcher(attend_backward_queries)[query_blocks, batch * heads](
         query, key, value, output, grad, d_query, lse, delta, window, first, last, slopes,
-        *_strides(query, key, value, output, grad, d_query), queries, keys, heads, heads // key_heads,
+        *strides(query, key, value, output, grad, d_query), queries, keys, heads, heads // key_heads,
         ROWS=sizes.rows, KEYS=sizes.keys, num_warps=sizes.backward_warps, num_stages=sizes.backward_stages, **common,
     )  # fmt: skip
     launcher(attend_backward_keys)[-(-keys // sizes.key_tile), batch * key_heads](
         query, key, value, grad, d_key, d_value, lse, delta, window, first, last, slopes,
-        *_strides(query, key, value, grad, d_key, d_value), queries, keys, query_blocks, key_heads,
+        *strides(query, key, value, grad, d_key, d_value), queries, keys, query_blocks, key_heads,
         heads // key_heads, ROWS=sizes.query_tile, KEYS=sizes.key_tile, WINDOW_ROWS=sizes.rows,
         num_warps=sizes.backward_warps, num_stages=sizes.backward_stages, **common,
     )  # fmt: skip

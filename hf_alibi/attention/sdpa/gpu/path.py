@@ -9,7 +9,8 @@ from ...blocks import under_torch_func
 from ...call import AttentionCall
 from ...inputs import Visible, visible_keys
 from ..reads import recording, report_windows
-from .launches import Runs, Settings, Sizes, sizes_for
+from .decoding import attend_one
+from .launches import Runs, Settings, Sizes, sizes_of
 from .operator import alibi_attention
 from .runs import runs_of
 
@@ -26,13 +27,13 @@ def refuses(call: AttentionCall) -> str | None:
         return f"the kernels compute in float32, float16 and bfloat16, got {query.dtype}"
     if max(query.shape[-1], value.shape[-1]) > _WIDEST:
         return f"the kernels take heads of at most {_WIDEST} dimensions"
-    if query.shape[2] == 1 or query.shape[2] > call.key.shape[2]:
-        return "the kernels take several queries, and at least as many keys"
+    if query.shape[2] > call.key.shape[2]:
+        return "the kernels take as many queries as keys at most"
     if call.dropout:
         return "the kernels have no dropout"
     if call.slopes.dynamic is not None:
         return "the kernels take slopes that depend on the head alone"
-    if call.mask is not None and torch.compiler.is_compiling():
+    if call.mask is not None and query.shape[2] > 1 and torch.compiler.is_compiling():
         return "what a mask holds is not known while a model is compiled"
     if under_torch_func() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "the kernels are not traced or transformed"
@@ -42,18 +43,20 @@ def refuses(call: AttentionCall) -> str | None:
 def attend(call: AttentionCall, sizes: Sizes | None = None) -> Tensor | None:
     """Output (batch, heads, queries, head_dim); None if the mask is more than a run of keys for each query."""
     query = call.query
+    if query.shape[2] == 1:
+        return attend_one(call)
     runs: Runs | None = None
     if call.mask is not None:
         runs = _runs(visible_keys(call.mask, query, call.key), len(query))
         if runs is None:
             return None
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, call.key, call.value))
-    settings = Settings(call.scaling, call.tolerance, call.slopes.sink_tokens, call.softcap or 0.0)
+    settings = Settings(float(call.scaling), call.tolerance, call.slopes.sink_tokens, call.softcap or 0.0)
     output, window = alibi_attention(
         (query, key, value), runs, call.slopes.per_head, call.learned_sinks, settings, sizes
     )
     if recording():
-        sizes = sizes or sizes_for(query.shape[-1], value.shape[-1], query.dtype.itemsize)
+        sizes = sizes or sizes_of((query, key, value))
         first, last = runs or _causal(len(query), query.shape[2], key.shape[2])
         report_windows(window, first, last, rows=sizes.rows, block=sizes.block, sink_tokens=settings.sink_tokens)
     return output
