@@ -14,7 +14,7 @@ from ..attention.backends import BACKENDS
 from ..configuration import AlibiLlamaConfig
 from ..errors import one_line
 from ..slopes import alibi_slopes
-from .settings import BenchmarkArguments, Case
+from .settings import VARIANTS, BenchmarkArguments, Case
 from .timing import OK, Row, Stopwatch, allocated_peak
 
 __all__ = [
@@ -22,12 +22,14 @@ __all__ = [
     "FORWARD",
     "FORWARD_BACKWARD",
     "SDPA",
+    "Layer",
     "attention_cases",
+    "backend",
     "causal_attention",
     "memory_cases",
 ]
 
-CAUSAL, SDPA, DENSE, EAGER, FLEX = "causal", "sdpa", "dense_bias", "eager", "flex_attention"
+CAUSAL, SDPA, DENSE, EAGER, FLEX = VARIANTS
 FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
 
 # (batch, heads, length, length) matrices in float32 that a variant holds at its peak, measured with allocated_peak;
@@ -36,13 +38,15 @@ _SQUARES = {DENSE: 3.0, EAGER: 5.0}
 _LINEAR = 16
 
 
-class _Layer(nn.Module):
+class Layer(nn.Module):
     """What a backend sees of a self-attention layer."""
 
-    def __init__(self, heads: int) -> None:
+    def __init__(self, heads: int, slopes: list[float] | None = None) -> None:
         super().__init__()
         self.is_causal = True
-        self.config = AlibiLlamaConfig(num_attention_heads=heads, num_key_value_heads=heads, hidden_size=heads)
+        self.config = AlibiLlamaConfig(
+            num_attention_heads=heads, num_key_value_heads=heads, hidden_size=heads, alibi_slopes=slopes
+        )
 
 
 class _Attention:
@@ -54,18 +58,18 @@ class _Attention:
         key_heads = args.key_value_heads or args.heads
         self.inputs = tuple(
             torch.randn(
-                args.batch_size, heads, length, args.head_dim, dtype=dtype, device=device, requires_grad=backward
+                args.sequences(length), heads, length, args.head_dim, dtype=dtype, device=device, requires_grad=backward
             )
             for heads in (args.heads, key_heads, key_heads)
         )
         query = self.inputs[0]
         self.gradient = torch.randn(query.transpose(1, 2).shape, dtype=dtype, device=device) if backward else None
-        self.held = dict.fromkeys((CAUSAL, SDPA, DENSE, EAGER, FLEX), 0)
+        self.held = dict.fromkeys(args.variants or VARIANTS, 0)
         """Bytes of what exists before a variant is called, beside the inputs."""
-        layer = _Layer(args.heads).eval()
+        layer = Layer(args.heads).eval()
         self.variants: dict[str, Callable[[], object] | str] = {}
         for name in self.held:
-            squares = _SQUARES.get(name, 0.0) * args.batch_size * args.heads * length**2 * 4
+            squares = _SQUARES.get(name, 0.0) * args.sequences(length) * args.heads * length**2 * 4
             reason = args.why_not(squares + _LINEAR * query.nbytes)
             if reason is None and name == FLEX:
                 reason = self._why_no_flex()
@@ -78,8 +82,8 @@ class _Attention:
                 self.held[name] = bias.nbytes
                 self.variants[name] = partial(self._run, partial(_dense, bias))
             else:
-                self.variants[name] = partial(self._run, partial(_backend, BACKENDS[name], layer))
-        flex = self.variants[FLEX]
+                self.variants[name] = partial(self._run, partial(backend, BACKENDS[name], layer))
+        flex = self.variants.get(FLEX, "")
         if not isinstance(flex, str):
             self.variants[FLEX] = _first_call_fails(flex) or flex
 
@@ -121,9 +125,10 @@ def _dense_bias(heads: int, length: int, like: Tensor) -> Tensor:
     return (alibi_slopes(heads).to(like)[:, None, None] * (position[None, :] - position[:, None]))[None]
 
 
-def _backend(
+def backend(
     attention: Callable[..., tuple[Tensor, Any]], layer: nn.Module, query: Tensor, key: Tensor, value: Tensor
 ) -> Tensor:
+    """What a model with ALiBi runs."""
     return attention(layer, query, key, value, None)[0]
 
 
@@ -146,7 +151,7 @@ def attention_cases(args: BenchmarkArguments, device: torch.device) -> Iterator[
     for what in (FORWARD, FORWARD_BACKWARD):
         for length in args.lengths:
             run = partial(measure, length, what == FORWARD_BACKWARD)
-            yield Case("attention", "attention", what, length, args.batch_size * length, run)
+            yield Case("attention", "attention", what, length, args.sequences(length) * length, run)
 
 
 def memory_cases(args: BenchmarkArguments, device: torch.device) -> Iterator[Case]:
@@ -172,4 +177,4 @@ def memory_cases(args: BenchmarkArguments, device: torch.device) -> Iterator[Cas
         ]
 
     for length in args.lengths:
-        yield Case("memory", "attention", FORWARD, length, args.batch_size * length, partial(measure, length))
+        yield Case("memory", "attention", FORWARD, length, args.sequences(length) * length, partial(measure, length))

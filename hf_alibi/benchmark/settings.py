@@ -13,9 +13,12 @@ if TYPE_CHECKING:
 
     from .timing import Row, Stopwatch
 
-__all__ = ["PARTS", "BenchmarkArguments", "Case"]
+__all__ = ["PARTS", "VARIANTS", "BenchmarkArguments", "Case"]
 
-PARTS = ("attention", "memory", "model", "decode", "sequence", "activations")
+PARTS = ("errors", "attention", "memory", "model", "decode", "sequence", "activations")
+
+VARIANTS = ("causal", "sdpa", "dense_bias", "eager", "flex_attention")
+"""Of attention, the first is what ratios are to."""
 
 
 @dataclass(kw_only=True)
@@ -31,7 +34,16 @@ class BenchmarkArguments:
         default_factory=lambda: [2**power for power in range(9, 17)],
         metadata={"help": "Tokens, for attention and memory."},
     )
+    error_lengths: list[int] = field(
+        default_factory=lambda: [1024, 4096], metadata={"help": "Tokens, for errors: outputs and gradients to float64."}
+    )
+    variants: list[str] | None = field(
+        default=None, metadata={"help": f"Of {' '.join(VARIANTS)}, for attention and memory. Default: all."}
+    )
     batch_size: int = field(default=1, metadata={"help": "Sequences at a time."})
+    batch_tokens: int = field(
+        default=0, metadata={"help": "For attention and memory: more sequences, up to this many tokens at a time."}
+    )
     heads: int = field(default=12, metadata={"help": "Query heads."})
     key_value_heads: int | None = field(
         default=None, metadata={"help": "Key-value heads for attention and memory. Default: as many as heads."}
@@ -74,7 +86,9 @@ class BenchmarkArguments:
             raise InputError(f"parts names {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
         if "activations" in self.parts and self.model_name_or_path is None:
             raise InputError("activations are those of a model; set model_name_or_path, or leave that part out")
-        for name in ("lengths", "model_lengths", "contexts", "sequence_lengths", "activation_lengths"):
+        if self.variants is not None and (set(self.variants) - set(VARIANTS) or VARIANTS[0] not in self.variants):
+            raise InputError(f"variants is {self.variants}; give {VARIANTS[0]} and others of {', '.join(VARIANTS)}")
+        for name in ("lengths", "error_lengths", "model_lengths", "contexts", "sequence_lengths", "activation_lengths"):
             values = sorted(set(getattr(self, name)))
             setattr(self, name, values)
             if values[0] < 2:
@@ -87,6 +101,10 @@ class BenchmarkArguments:
             count = getattr(self, name)
             if count is not None and (count < 1 or self.heads % count):
                 raise InputError(f"{name} is {count}; it must divide the {self.heads} heads")
+
+    def sequences(self, length: int) -> int:
+        """Of this length at a time, for attention and memory."""
+        return max(self.batch_size, self.batch_tokens // length)
 
     def why_not(self, needed: float) -> str | None:
         """The reason not to run what takes `needed` bytes, None if it fits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["OK", "Row", "Stopwatch", "Variants", "allocated_peak", "device_clock"]
+__all__ = ["OK", "Row", "Stopwatch", "Variants", "allocated_peak", "device_stopwatch"]
 
 OK = "ok"
 
@@ -31,6 +32,8 @@ class Stopwatch:
     """Rounds are added until they took this long together, so that short calls are repeated more often."""
     clock: Callable[[], float] = time.perf_counter
     """Seconds, after everything that was started has ended."""
+    sample: float = 0.0
+    """Seconds that a variant is called for in a round at least: on a GPU one call after the other, not one alone."""
 
     def compare(self, variants: Variants, *, baseline: str) -> list[Row]:
         """Time all variants in rounds, A B C A B C …, after a first round that does not count.
@@ -52,19 +55,26 @@ class Stopwatch:
 
     def _rounds(self, runs: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
         times: dict[str, list[float]] = {name: [] for name in runs}
+        calls = dict.fromkeys(runs, 1)
         total, rounds = 0.0, 0
         while runs and (rounds <= self.repeats or total < self.seconds):
             for name, run in runs.items():
-                started = self.clock()
-                result = run()
-                elapsed = self.clock() - started
-                # The next variant must find the memory of this one free.
-                del result
+                elapsed = self._time(run, calls[name])
                 if rounds:
-                    times[name].append(elapsed)
+                    times[name].append(elapsed / calls[name])
                     total += elapsed
+                elif self.sample:
+                    # The first call may have compiled.
+                    calls[name] = math.ceil(self.sample / self._time(run, 1))
             rounds += 1
         return times
+
+    def _time(self, run: Callable[[], object], calls: int) -> float:
+        """Seconds that `calls` calls of `run` take together."""
+        started = self.clock()
+        for _ in range(calls):
+            run()
+        return self.clock() - started
 
 
 def _summary(run: Callable[[], object] | str, times: list[float] | None, base: list[float] | None) -> Row:
@@ -83,6 +93,14 @@ def _summary(run: Callable[[], object] | str, times: list[float] | None, base: l
         "repeats": len(times or ()),
         "times": times or [],
     }
+
+
+_SAMPLE = 5e-3
+
+
+def device_stopwatch(device: torch.device, repeats: int, seconds: float) -> Stopwatch:
+    """For calls on `device`."""
+    return Stopwatch(repeats, seconds, device_clock(device), _SAMPLE if device.type == "cuda" else 0.0)
 
 
 def device_clock(device: torch.device) -> Callable[[], float]:

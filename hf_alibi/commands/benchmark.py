@@ -17,9 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from ..benchmark.attention_cases import FORWARD_BACKWARD, attention_cases, memory_cases
+from ..benchmark.error_cases import error_cases
 from ..benchmark.model_cases import ALL_LAYERS, activation_cases, decode_cases, model_cases, sequence_cases
 from ..benchmark.settings import PARTS, BenchmarkArguments, Case
-from ..benchmark.timing import OK, Row, Stopwatch, device_clock
+from ..benchmark.timing import OK, Row, device_stopwatch
 from ..errors import InputError
 from ..reporting.plots import cost_by_length, require_matplotlib
 from ..reporting.results import Results, check_output_dir, environment, write_results
@@ -30,11 +31,12 @@ __all__ = ["benchmark", "growth_rows", "measure"]
 _CASES: dict[str, Callable[[BenchmarkArguments, torch.device], Iterator[Case]]] = dict(
     zip(
         PARTS,
-        (attention_cases, memory_cases, model_cases, decode_cases, sequence_cases, activation_cases),
+        (error_cases, attention_cases, memory_cases, model_cases, decode_cases, sequence_cases, activation_cases),
         strict=True,
     )
 )
 _TITLES = {
+    "errors": "Attention: root mean square error to float64; ratio to that of causal SDPA without bias",
     "attention": "Attention: time; ratio to causal SDPA without bias, its quartiles",
     "growth": "Attention: growth of the cost per token up to the longest length",
     "memory": "Attention: peak memory over that of inputs and output; ratio to causal SDPA without bias",
@@ -69,7 +71,7 @@ def measure(args: BenchmarkArguments) -> Results:
     parts = [part for part in PARTS if part in (args.parts or PARTS)]
     cases = {part: list(_CASES[part](args, device)) for part in parts}
 
-    stopwatch = Stopwatch(args.repeats, args.seconds, device_clock(device))
+    stopwatch = device_stopwatch(device, args.repeats, args.seconds)
     results: Results = {
         "kind": "benchmark",
         "settings": _settings(args),
@@ -187,6 +189,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     """Value, ratio and spread; in place of the value, the reason why there is none."""
     if row["status"] != OK:
         return (escape(row["status"]),)
+    if "error" in row:
+        return f"{row['error']:.2e}", f"{row['ratio']:.3g}", ""
     if "growth" in row:
         return (f"{row['growth']:.2f} × that at {row['growth_from']}",)
     ratio, low, high = (row.get(name) for name in ("ratio", "ratio_low", "ratio_high"))
