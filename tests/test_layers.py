@@ -12,6 +12,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 # From the top floor down; modules outside the wings are below them, but for these.
 WINGS = ("commands", "benchmark", "reporting", "training", "evaluation", "export", "conversion", "model", "attention")
 TOP = {"", "__main__", "cli"}
+# Kernels take pointers, strides and sizes one by one: Triton has no other way.
+KERNELS = "attention.sdpa.gpu.kernels."
 # Public: their arguments are what users know.
 MANY_PARAMETERS = {"evaluate_extrapolation"}
 
@@ -79,7 +81,8 @@ def test_no_module_imports_itself_by_way_of_others():
 
 def test_wings_import_nothing_by_themselves():
     """Or `import hf_alibi` would load torch."""
-    for wing in (*WINGS, "attention.sdpa", "attention.flex", "export.engines", "export.vllm"):
+    inner = ("attention.flex", "attention.sdpa", "attention.sdpa.gpu", KERNELS[:-1], "export.engines", "export.vllm")
+    for wing in (*WINGS, *inner):
         assert [type(node) for node in ast.parse(MODULES[wing].read_text()).body] == [ast.Expr]
 
 
@@ -93,4 +96,5 @@ def test_modules_functions_and_calls_are_small(name):
         count += (arguments.vararg is not None) + (arguments.kwarg is not None)
         count -= bool(arguments.args) and arguments.args[0].arg in ("self", "cls", "ctx")
         assert node.end_lineno - node.lineno < 60, f"{node.name} is longer than 60 lines"
-        assert count <= 8 or node.name in MANY_PARAMETERS, f"{node.name} takes {count} parameters"
+        may_have_more = node.name in MANY_PARAMETERS or name.startswith(KERNELS)
+        assert count <= 8 or may_have_more, f"{node.name} takes {count} parameters"

@@ -10,6 +10,7 @@ from transformers import AttentionInterface
 from .eager import eager_alibi_attention
 from .flash import flash_alibi_attention, load_flash_attn, refuse_sinks
 from .flex.backend import flex_alibi_attention
+from .mask_by_rows import register_mask
 from .paged import Attention, takes_paged_cache
 from .sdpa.dispatch import sdpa_alibi_attention
 
@@ -55,6 +56,7 @@ def register_backends() -> None:
     """Make the backends known to transformers; calling it again changes nothing."""
     for name, attention in {**BACKENDS, **_PAGED}.items():
         AttentionInterface.register(alibi_name(name), attention)
+    register_mask()
 
 
 @contextmanager

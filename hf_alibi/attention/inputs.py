@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..bias import causal_rows
+from .mask_by_rows import MaskByRows
 
 __all__ = ["HasShape", "Visible", "own_keys", "refuse_unsupported", "visible_keys", "visible_range"]
 
@@ -72,7 +73,7 @@ class Visible(NamedTuple):
         )
 
 
-def visible_keys(attention_mask: Tensor | Visible | None, query: Tensor, key: HasShape) -> Visible:
+def visible_keys(attention_mask: Tensor | MaskByRows | Visible | None, query: Tensor, key: HasShape) -> Visible:
     """What each query may see under `attention_mask`.
 
     Args:
@@ -87,6 +88,8 @@ def visible_keys(attention_mask: Tensor | Visible | None, query: Tensor, key: Ha
     if attention_mask is None:
         first = keys - 1 if queries == 1 else 0
         return Visible(causal_rows(first, queries, keys, query.device)[None, None])
+    if isinstance(attention_mask, MaskByRows):
+        attention_mask = attention_mask.whole()
     if attention_mask.ndim != 4:
         raise ValueError(
             "ALiBi attention needs a 4D mask (batch, heads, queries, keys), or a 2D padding mask given to the model; "

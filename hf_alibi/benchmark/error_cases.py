@@ -53,7 +53,7 @@ def error_cases(args: BenchmarkArguments, device: torch.device) -> Iterator[Case
 def _errors(attend: Callable[..., Tensor], states: list[Tensor], upstream: Tensor, slopes: Tensor) -> dict[str, float]:
     leaves = [x.detach().requires_grad_() for x in states]
     output = attend(*leaves).transpose(1, 2)
-    found = (output, *torch.autograd.grad(output, leaves, upstream))
+    found = (output.detach(), *torch.autograd.grad(output, leaves, upstream))
     query, key, value = (x.double() for x in states)
     true = _truth(query, key, value, upstream.double(), slopes.double())
     return {

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PARTS", "VARIANTS", "BenchmarkArguments", "Case"]
 
-PARTS = ("errors", "attention", "memory", "model", "decode", "sequence", "activations")
+PARTS = ("attention", "memory", "model", "decode", "sequence", "activations", "errors")
 
 VARIANTS = ("causal", "sdpa", "dense_bias", "eager", "flex_attention")
 """Of attention, the first is what ratios are to."""

@@ -31,7 +31,7 @@ __all__ = ["benchmark", "growth_rows", "measure"]
 _CASES: dict[str, Callable[[BenchmarkArguments, torch.device], Iterator[Case]]] = dict(
     zip(
         PARTS,
-        (error_cases, attention_cases, memory_cases, model_cases, decode_cases, sequence_cases, activation_cases),
+        (attention_cases, memory_cases, model_cases, decode_cases, sequence_cases, activation_cases, error_cases),
         strict=True,
     )
 )

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
@@ -14,7 +15,9 @@ from helpers.runs import BYTES, config_file, drop_weight, raising, refused, save
 from hf_alibi import cli
 from hf_alibi.attention.backends import BACKENDS
 from hf_alibi.benchmark import attention_cases as workloads
+from hf_alibi.benchmark import error_cases
 from hf_alibi.benchmark import model_cases as model_workloads
+from hf_alibi.benchmark.attention_cases import causal_attention
 from hf_alibi.benchmark.settings import BenchmarkArguments
 from hf_alibi.benchmark.timing import OK, Stopwatch, allocated_peak
 from hf_alibi.commands import benchmark as run_module
@@ -27,6 +30,7 @@ FLEX = "flex_attention"
 VARIANTS = ["causal", "sdpa", "dense_bias", "eager", FLEX]
 TINY = {
     "lengths": [16, 64],
+    "error_lengths": [40],
     "heads": 4,
     "head_dim": 8,
     "model_lengths": [16],
@@ -212,6 +216,38 @@ def test_every_decode_step_has_the_same_context(monkeypatch, shape, kind):
     assert torch.allclose(logits["converted, AlibiCache"][0], logits["converted"][0], atol=1e-5)
 
 
+KINDS = ("output", "query gradient", "key gradient", "value gradient")
+TYPES = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 2e-3}
+
+
+def test_errors_are_those_to_float64(command, monkeypatch):
+    results = command(parts=["errors"], error_lengths=[40, 300])
+    plain = {(r["what"], r["length"]): r["error"] for r in results["rows"] if r["variant"] == "causal"}
+    for row in results["rows"]:
+        dtype = row["what"].split(", ")[1]
+        assert row["ratio"] == row["error"] / plain[row["what"], row["length"]]
+        assert TYPES[dtype] / 1000 < row["error"] < TYPES[dtype]
+    # Without the bias the error is as large as the truth.
+    monkeypatch.setitem(BACKENDS, "sdpa", lambda module, *states: (causal_attention(*states[:3]), None))
+    (case, *_) = error_cases.error_cases(BenchmarkArguments(**{**TINY, "output_dir": "x"}), torch.device("cpu"))
+    rows = case.measure(Stopwatch(1))
+    assert all(row["error"] > 0.05 for row in rows if row["variant"] == "sdpa")
+
+
+def test_on_a_gpu_short_calls_are_repeated_within_a_round():
+    now, called = [0.0], []
+
+    def run(name, seconds):
+        called.append(name)
+        now[0] += seconds
+
+    watch = Stopwatch(2, clock=lambda: now[0], sample=1.0)
+    rows = watch.compare({"a": partial(run, "a", 0.25), "b": partial(run, "b", 2.0)}, baseline="a")
+    assert [row["seconds"] for row in rows] == [0.25, 2.0]
+    # Two calls to find out, then two rounds of four and of one.
+    assert (called.count("a"), called.count("b")) == (2 + 2 * 4, 2 + 2 * 1)
+
+
 def test_growth_is_that_of_the_cost_per_token():
     def row(variant, length, cost):
         named = {"part": "attention", "what": "forward", "variant": variant, "length": length}
@@ -248,10 +284,11 @@ def test_a_run_leaves_a_row_for_every_side(command, tmp_path, capsys, monkeypatc
         *(("memory", "attention", "forward", n, side) for n in (16, 64) for side in VARIANTS),
         *(("model", m, what, 16, side) for m in models for what in ("forward", "training_step") for side in both),
         *(("decode", m, f"{kind} cache", 16, s) for m in models for kind in ("dynamic", "static") for s in cached),
+        *(("errors", "attention", f"{what}, {d}", 40, s) for what in KINDS for d in TYPES for s in ("causal", "sdpa")),
         *(("sequence", "small model", "perplexity", 64, f"{n} tokens") for n in (16, 64)),
     }
     assert {key[-1] for key, row in rows.items() if row["status"] != OK} == {FLEX}
-    timed = [r for r in rows.values() if r["status"] == OK and r["part"] not in ("growth", "memory")]
+    timed = [r for r in rows.values() if r["status"] == OK and r["part"] not in ("growth", "memory", "errors")]
     assert all(len(r["times"]) == r["repeats"] == 2 and r["seconds"] > 0 and r["ratio"] > 0 for r in timed)
     short, long = (rows["sequence", "small model", "perplexity", 64, f"{n} tokens"] for n in (16, 64))
     assert short["ratio"] == 1
@@ -328,6 +365,8 @@ def test_a_call_without_windows_reads_everything():
         ({"parts": ["attention", "speed"]}, "parts names speed; the parts are attention, memory"),
         ({"parts": ["activations"]}, "set model_name_or_path"),
         ({"lengths": [1, 64]}, "lengths is .1, 64.; each must be at least 2"),
+        ({"variants": ["sdpa"]}, "give causal and others of causal, sdpa"),
+        ({"variants": ["causal", "fast"]}, "give causal and others of causal, sdpa"),
         ({"repeats": 0}, "repeats is 0"),
         ({"key_value_heads": 3}, "key_value_heads is 3; it must divide the 4 heads"),
         ({"model_key_value_heads": 0}, "model_key_value_heads is 0"),

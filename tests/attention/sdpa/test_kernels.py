@@ -345,3 +345,91 @@ def test_dropout_takes_another_path():
         torch.manual_seed(0)
         with_dropout = run("sdpa", query, key, value, module=layer(2).train(), dropout=0.5)
         assert not torch.equal(with_dropout, run("sdpa", query, key, value, module=layer(2)))
+
+
+@pytest.fixture
+def masks_by_rows(monkeypatch):
+    """As those of long batches on a GPU are; lists the parts that were built, (rows, keys)."""
+    from hf_alibi.attention import mask_by_rows
+
+    monkeypatch.setattr(mask_by_rows, "_ENTRIES", 0)
+    monkeypatch.setattr(mask_by_rows, "_PART", 2 * 40 * 7)
+    monkeypatch.setattr(mask_by_rows, "_DEVICES", {"cpu", "cuda"})
+    built = []
+    original = mask_by_rows.sdpa_mask
+
+    def spy(*args, **kwargs):
+        mask = original(*args, **kwargs)
+        if mask is not None:
+            built.append(tuple(mask.shape[2:]))
+        return mask
+
+    monkeypatch.setattr(mask_by_rows, "sdpa_mask", spy)
+    return built
+
+
+PADDED = torch.ones(2, 40, dtype=torch.long)
+PADDED[0, :13] = 0
+PACKED = {"position_ids": torch.cat([torch.arange(25), torch.arange(15)]).expand(2, -1)}
+
+
+@pytest.mark.parametrize("inputs", [{"attention_mask": PADDED}, PACKED], ids=["padded", "packed"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_no_mask_of_length_squared(family, inputs, masks_by_rows):
+    """A model's logits are the same, and of the mask there are never more than a few rows."""
+    from helpers.models import FAMILIES, stock_model
+
+    stock = stock_model(family) if family in FAMILIES else stock_tiny(family)
+    model = apply_alibi(stock.eval()).to(DEVICE)
+    ids = torch.randint(40, 60, (2, 40), device=DEVICE)
+    inputs = {name: x.to(DEVICE) for name, x in inputs.items()}
+    model.set_attn_implementation("eager")
+    real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+    eager = model(ids, use_cache=False, **inputs).logits[real]
+    model.set_attn_implementation("sdpa")
+    masks_by_rows.clear()
+    with kernels_run():
+        assert largest(eager, model(ids, use_cache=False, **inputs).logits[real]) < 1e-4
+    assert masks_by_rows
+    assert all(rows <= 7 for rows, _ in masks_by_rows)
+
+
+def test_a_mask_by_rows_is_the_mask_to_whatever_needs_it(masks_by_rows):
+    model = apply_alibi(stock_tiny("llama").eval())
+    ids = torch.randint(40, 90, (2, 40))
+    holes = PADDED.clone()
+    holes[1, 20:25] = 0
+    expected_ = model.set_attn_implementation("eager") or model(ids, attention_mask=holes).logits
+    model.set_attn_implementation("sdpa")
+    # Without the kernels, and with them but for a mask with holes.
+    assert largest(expected_, model(ids, attention_mask=holes).logits) < 1e-4
+    with kernels_run():
+        assert largest(expected_, model(ids, attention_mask=holes).logits) < 1e-4
+    cache = model(ids[:, :30], attention_mask=PADDED[:, :30]).past_key_values
+    chunk = model(ids[:, 30:], attention_mask=PADDED, past_key_values=cache).logits
+    whole = model(ids, attention_mask=PADDED).logits[:, 30:]
+    assert largest(chunk, whole) < 1e-4
+
+
+def test_a_mask_by_rows_as_a_tensor(masks_by_rows):
+    from transformers.masking_utils import create_causal_mask
+
+    model = apply_alibi(stock_tiny("llama"))
+    embeds = torch.zeros(2, 40, 8)
+    options = {"inputs_embeds": embeds, "past_key_values": None, "attention_mask": PADDED}
+    mask = create_causal_mask(config=model.config, **options)
+    assert type(mask).__name__ == "MaskByRows"
+    seen = triangle(40) & PADDED[:, None, None, :].bool()
+    assert torch.equal(mask.whole(), seen)
+    assert torch.equal(torch.cat(list(mask.parts()), dim=2), seen)
+    assert torch.equal(mask[:, :, 3:], seen[:, :, 3:])
+    assert torch.equal(~mask, ~seen)
+    assert torch.equal(mask & PADDED[:, None, None].bool(), seen)
+    assert torch.equal(seen | mask, seen)
+    assert torch.equal(torch.logical_not(mask), ~seen)
+    assert torch.equal(mask.to("cpu").whole(), seen)
+    assert mask.size(-1) == 40
+    with pytest.raises(TypeError, match="bool"):
+        mask.to(torch.float32)
+    stock = stock_tiny("llama")
+    assert torch.equal(create_causal_mask(config=stock.config, **options), seen)

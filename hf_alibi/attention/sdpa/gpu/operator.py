@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,8 +31,7 @@ def alibi_attention(
     """
     query, key, value = states
     if torch.compiler.is_compiling():
-        first, last = runs or (None, None)
-        output, _, window = _operator(query, key, value, first, last, slopes, sinks, *settings)
+        output, _, window = _operator(query, key, value, list(runs or ()), slopes, sinks, list(map(float, settings)))
     else:
         output, window = _Attention.apply(query, key, value, sinks, (runs, slopes, settings, sizes))
     return output, window
@@ -68,60 +68,52 @@ class _Attention(torch.autograd.Function):
         return *gradients, d_sinks, None
 
 
+# Operators of PyTorch take lists, where None is an empty one.
 @triton_op("hf_alibi::attention", mutates_args=())
 def _operator(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    first: Tensor | None,
-    last: Tensor | None,
+    runs: list[Tensor],
     slopes: Tensor,
     sinks: Tensor | None,
-    scaling: float,
-    tolerance: float,
-    sink_tokens: int,
-    softcap: float,
+    settings: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    runs = None if first is None or last is None else (first, last)
-    settings = Settings(scaling, tolerance, sink_tokens, softcap)
-    return launch_forward((query, key, value), runs, slopes, sinks, settings, launcher=wrap_triton)
+    states = query, key, value
+    return launch_forward(states, _runs(runs), slopes, sinks, _settings(settings), launcher=wrap_triton)
 
 
 @triton_op("hf_alibi::attention_backward", mutates_args=())
 def _operator_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    window: Tensor,
-    first: Tensor | None,
-    last: Tensor | None,
-    slopes: Tensor,
-    scaling: float,
-    sink_tokens: int,
-    softcap: float,
+    grad: Tensor, saved: list[Tensor], runs: list[Tensor], slopes: Tensor, settings: list[float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    runs = None if first is None or last is None else (first, last)
-    saved = query, key, value, output, lse, window
-    settings = Settings(scaling, 0.0, sink_tokens, softcap)
-    return launch_backward(grad, saved, runs, slopes, settings, launcher=wrap_triton)
+    query, key, value, output, lse, window = saved
+    states = query, key, value, output, lse, window
+    return launch_backward(grad, states, _runs(runs), slopes, _settings(settings), launcher=wrap_triton)
+
+
+def _runs(runs: Sequence[Tensor]) -> Runs | None:
+    return (runs[0], runs[1]) if runs else None
+
+
+def _settings(values: list[float]) -> Settings:
+    scaling, tolerance, sink_tokens, softcap = values
+    return Settings(scaling, tolerance, int(sink_tokens), softcap)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: _States) -> None:
-    query, key, value, first, last, slopes, sinks, scaling, _, sink_tokens, softcap = inputs
-    ctx.save_for_backward(query, key, value, *output, first, last, slopes, sinks)
-    ctx.settings = scaling, sink_tokens, softcap
+    query, key, value, runs, slopes, sinks, settings = inputs
+    ctx.save_for_backward(query, key, value, *output, slopes, sinks, *runs)
+    ctx.settings = settings
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    *saved, slopes, sinks = ctx.saved_tensors
-    d_query, d_key, d_value, delta = _operator_backward(grad, *saved, slopes, *ctx.settings)
-    runs = None if saved[6] is None else (saved[6], saved[7])
-    d_sinks = None if sinks is None else _sink_gradient(sinks, saved[4], delta, runs)
-    return d_query, d_key, d_value, None, None, None, d_sinks, None, None, None, None
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    *saved, slopes, sinks = ctx.saved_tensors[:8]
+    runs = list(ctx.saved_tensors[8:])
+    d_query, d_key, d_value, delta = _operator_backward(grad, saved, runs, slopes, ctx.settings)
+    d_sinks = None if sinks is None else _sink_gradient(sinks, saved[4], delta, _runs(runs))
+    return d_query, d_key, d_value, [None] * len(runs), None, d_sinks, None
 
 
 _operator.register_autograd(_backward, setup_context=_save)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ...blocks import under_torch_func
 from ...call import AttentionCall
-from ...inputs import Visible, visible_keys
 from ..reads import recording, report_windows
 from .decoding import attend_one
 from .launches import Runs, Settings, Sizes, sizes_of
@@ -47,7 +46,7 @@ def attend(call: AttentionCall, sizes: Sizes | None = None) -> Tensor | None:
         return attend_one(call)
     runs: Runs | None = None
     if call.mask is not None:
-        runs = _runs(visible_keys(call.mask, query, call.key), len(query))
+        runs = _expanded(runs_of(call.mask, query, call.key), len(query))
         if runs is None:
             return None
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, call.key, call.value))
@@ -67,10 +66,8 @@ def _causal(batch: int, queries: int, keys: int) -> Runs:
     return torch.zeros_like(last), last
 
 
-def _runs(visible: Visible, batch: int) -> Runs | None:
-    if visible.added is not None:
-        return None
-    runs = runs_of(visible.allowed, visible.own)
+def _expanded(runs: Runs | None, batch: int) -> Runs | None:
+    """A single mask is that of all sequences."""
     if runs is None or len(runs[0]) == batch:
         return runs
     first, last = (x.expand(batch, -1).contiguous() for x in runs)

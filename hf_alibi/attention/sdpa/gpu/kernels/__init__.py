@@ -15,5 +15,6 @@ Arguments of the kernels, in capitals pointers and what is fixed when a kernel i
 - `scaling` of the logits and `cap` of them (if CAP) are times log2(e); `tolerance` is a logarithm to base 2. Logits are
   in powers of two, which is what the hardware computes.
 - WIDTH, VALUE_WIDTH: of heads; COLUMNS, VALUE_COLUMNS: the powers of two that hold them. ROWS, KEYS: of a tile.
+- SKIP: leave out the keys that `tolerance` allows to, by CENTROID and RADIUS; otherwise all keys are read.
 - SINK_TOKENS: the first tokens of a sequence that have no bias.
 """

@@ -71,6 +71,39 @@ def _first_block_to_read(
     return lowest, head
 
 
+@triton.jit
+def _before_any_key(SINK, offset, ROWS: tl.constexpr, LEARNED_SINK: tl.constexpr):
+    """Largest logit and sum of weights of ROWS queries, in their frames; a learned sink is there from the beginning."""
+    if LEARNED_SINK:
+        return tl.load(SINK).to(tl.float32) * _LOG2E + offset, tl.full([ROWS], 1.0, tl.float32)
+    else:
+        return tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
+
+
+@triton.jit
+def _store_window(WINDOW, begin, end, low, high):
+    tl.store(WINDOW, begin)
+    tl.store(WINDOW + 1, end)
+    tl.store(WINDOW + 2, low)
+    tl.store(WINDOW + 3, high)
+
+
+@triton.jit
+def _blocks_of_keys(first, last, sees, BLOCK: tl.constexpr, SINK_TOKENS: tl.constexpr):
+    """The lowest of the last keys that queries see; the first block of keys, the first near one, the end of first ones.
+
+    If no query sees anything, these are -1 and 0.
+    """
+    reference = tl.max(last, 0)
+    lowest_last = tl.minimum(tl.min(tl.where(sees, last, _NONE), 0), reference)
+    start = tl.minimum(tl.min(first, 0), reference + 1) // BLOCK
+    near = tl.maximum(lowest_last // BLOCK - 1, start)
+    head_end = tl.minimum(start + 1, near)
+    if SINK_TOKENS > 0:
+        head_end = tl.minimum((tl.max(tl.where(sees, first, 0), 0) + SINK_TOKENS - 1) // BLOCK + 1, near)
+    return lowest_last, start, near, head_end
+
+
 @triton.jit(do_not_specialize=["queries", "keys"])
 def attend(
     QUERY, KEY, VALUE, OUTPUT, LSE, WINDOW, CENTROID, RADIUS, FIRST, LAST, SLOPE, SINK,
@@ -80,35 +113,21 @@ def attend(
     ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, SINK_TOKENS: tl.constexpr,
     RUNS: tl.constexpr, SKIP: tl.constexpr, CAP: tl.constexpr, LEARNED_SINK: tl.constexpr,
 ):  # fmt: skip
-    """Fill OUTPUT, LSE and WINDOW; one program a block of queries and a head.
-
-    SKIP: leave out what `tolerance` allows, by CENTROID and RADIUS; otherwise all keys are read.
-    """
+    """Fill OUTPUT, LSE and WINDOW; one program a block of queries and a head."""
     # The last queries see most: they begin first.
-    block, pair = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    batch, head, key_heads = pair // heads, pair % heads, heads // groups
-    own = head // groups
+    block, pair = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)
+    batch, head, own = pair // heads, pair % heads, pair % heads // groups
     of_keys = of_head(KEY, batch, own, key_batch, key_head)
     of_values = of_head(VALUE, batch, own, value_batch, value_head)
-    begin = block * ROWS
-    slope = tl.load(SLOPE + head) * _LOG2E
+    begin, slope = block * ROWS, tl.load(SLOPE + head) * _LOG2E
     of_queries = of_head(QUERY, batch, head, query_batch, query_head)
     query = load_rows(of_queries, begin, query_row, queries, ROWS, WIDTH, COLUMNS, True)
     first, last = runs_of_queries(FIRST, LAST, batch, begin, queries, keys, ROWS, RUNS)
     sees, reference = last >= 0, tl.max(last, 0)
-    # If no query sees anything, these are -1 and 0.
-    lowest_last = tl.minimum(tl.min(tl.where(sees, last, _NONE), 0), reference)
-    start = tl.minimum(tl.min(first, 0), reference + 1) // BLOCK
-    near = tl.maximum(lowest_last // BLOCK - 1, start)
-    head_end = tl.minimum(start + 1, near)
-    if SINK_TOKENS > 0:
-        head_end = tl.minimum((tl.max(tl.where(sees, first, 0), 0) + SINK_TOKENS - 1) // BLOCK + 1, near)
-
-    total, weight = tl.zeros([ROWS, VALUE_COLUMNS], tl.float32), tl.zeros([ROWS], tl.float32)
-    largest = tl.full([ROWS], -1e30, tl.float32)
-    if LEARNED_SINK:
-        largest = tl.load(SINK + head).to(tl.float32) * _LOG2E + frame(query, last, reference, slope)
-        weight += 1.0
+    lowest_last, start, near, head_end = _blocks_of_keys(first, last, sees, BLOCK, SINK_TOKENS)
+    offset = frame(query, last, reference, slope)
+    total = tl.zeros([ROWS, VALUE_COLUMNS], tl.float32)
+    largest, weight = _before_any_key(SINK + head, offset, ROWS, LEARNED_SINK)
     # From here on not every query sees every key.
     checked = near if RUNS else lowest_last // BLOCK
     total, largest, weight = _read(
@@ -123,14 +142,13 @@ def attend(
     )  # fmt: skip
     lowest, reads_head = head_end, 1
     if SKIP:
-        offset = (batch * key_heads + own).to(tl.int64) * ((keys + BLOCK - 1) // BLOCK)
-        lse = largest + tl.log2(weight) - frame(query, last, reference, slope)
+        index = (batch * (heads // groups) + own).to(tl.int64) * ((keys + BLOCK - 1) // BLOCK)
+        lse = largest + tl.log2(weight) - offset
         lowest, reads_head = _first_block_to_read(
-            query, CENTROID + offset * WIDTH, RADIUS + offset, start, near, head_end, lse, last, sees,
+            query, CENTROID + index * WIDTH, RADIUS + index, start, near, head_end, lse, last, sees,
             reference, slope, scaling, cap, tolerance - tl.log2(keys.to(tl.float32)), WIDTH, COLUMNS, BLOCK, CHUNK, CAP,
         )  # fmt: skip
-    if SINK_TOKENS == 0:
-        head_end = tl.where(reads_head > 0, head_end, start)
+    head_end = tl.where((reads_head > 0) | (SINK_TOKENS > 0), head_end, start)
     total, largest, weight = _read(
         total, largest, weight, query, of_keys, of_values, key_row, value_row, start * BLOCK, head_end * BLOCK, keys,
         first, last, reference, slope, scaling, cap, WIDTH, VALUE_WIDTH, COLUMNS, VALUE_COLUMNS, KEYS, SINK_TOKENS,
@@ -140,15 +158,10 @@ def attend(
         total, largest, weight, query, of_keys, of_values, key_row, value_row, lowest * BLOCK, near * BLOCK, keys,
         first, last, reference, slope, scaling, cap, WIDTH, VALUE_WIDTH, COLUMNS, VALUE_COLUMNS, KEYS, 0, CAP, RUNS,
     )  # fmt: skip
-
-    output = tl.where(sees[:, None], total / tl.where(sees, weight, 1.0)[:, None], 0.0)
     of_outputs = of_head(OUTPUT, batch, head, output_batch, output_head)
+    output = total / tl.where(sees, weight, 1.0)[:, None]
     store_rows(of_outputs, output, begin, output_row, queries, ROWS, VALUE_WIDTH, VALUE_COLUMNS)
-    rows = begin + tl.arange(0, ROWS)
-    lse = largest + tl.log2(tl.where(sees, weight, 1.0)) - frame(query, last, reference, slope)
-    tl.store(LSE + pair.to(tl.int64) * queries + rows, tl.where(sees, lse, 0.0), mask=rows < queries)
-    index = (pair.to(tl.int64) * tl.num_programs(0) + block) * 4
-    tl.store(WINDOW + index, start)
-    tl.store(WINDOW + index + 1, head_end)
-    tl.store(WINDOW + index + 2, lowest)
-    tl.store(WINDOW + index + 3, (reference + BLOCK) // BLOCK)
+    lse = tl.where(sees, largest + tl.log2(tl.where(sees, weight, 1.0)) - offset, 0.0)
+    tl.store(LSE + pair * queries + begin + tl.arange(0, ROWS), lse, mask=begin + tl.arange(0, ROWS) < queries)
+    window = WINDOW + (pair * tl.num_programs(0) + block) * 4
+    _store_window(window, start, head_end, lowest, (reference + BLOCK) // BLOCK)
