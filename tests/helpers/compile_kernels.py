@@ -41,7 +41,7 @@ def kernels(width, itemsize, shared, **flags):
     yield backward.attend_backward_keys, {**tile, **keys}, second
     block = {"BLOCK": sizes.block, "WIDTH": width, "COLUMNS": columns(width)}
     yield key_blocks.summarize_keys, block, {}
-    one = {**widths, "HEADS": 16, "KEYS": 64 if width * itemsize <= 256 else 16, "MASK": flags["RUNS"]}
+    one = {**widths, "HEADS": 16, "SPAN": 512, "KEYS": 64 if width * itemsize <= 256 else 16, "MASK": flags["RUNS"]}
     one |= {"SINK_TOKENS": flags["SINK_TOKENS"], "CAP": flags["CAP"]}
     yield decoding.decode, one, {"num_stages": 2}
     joined = {"VALUE_WIDTH": width, "VALUE_COLUMNS": columns(width), "PARTS": 64, "LEARNED_SINK": flags["RUNS"]}

@@ -22,7 +22,7 @@ def remembered(find: Callable[[Tensor, Tensor | None], T]) -> Callable[[Tensor, 
     @wraps(find)
     def once(allowed: Tensor, own: Tensor | None = None) -> T:
         # A tensor of inference mode has no version to tell whether it was changed since.
-        if allowed.is_inference() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or allowed.is_inference():
             return find(allowed, own)
         if allowed not in known or known[allowed][0] != allowed._version:
             known[allowed] = allowed._version, find(allowed, own)

@@ -61,6 +61,9 @@ class Driver:
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
 
+    def get_current_device(self):
+        return 0
+
 
 triton.runtime.driver.set_active(Driver())
 
@@ -73,6 +76,10 @@ def count(graph, _):
 
 def attend(query, key, value, sinks):
     return dispatch.sdpa_alibi_attention(module, query, key, value, None, s_aux=sinks, softcap=30.0)[0]
+
+
+def attend_one(query, key, value, mask):
+    return dispatch.sdpa_alibi_attention(module, query, key, value, mask)[0]
 
 
 module = layer(4)
@@ -90,7 +97,16 @@ with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
 """
 
 
+ONE_TOKEN = """
+    one = torch.compile(attend_one, backend=backend, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for keys in (600, 5000):
+            states = [torch.empty(2, heads, tokens, 64) for heads, tokens in ((4, 1), (2, keys), (2, keys))]
+            assert one(*states, torch.ones(2, 1, 1, keys, dtype=torch.bool)).shape == (2, 1, 4, 64)
+"""
+
+
 def test_one_graph_for_all_lengths(tmp_path):
-    """Forward and backward are one graph each, of two kernels, whatever the length."""
-    lines = run("-c", ONE_GRAPH, tmp_path=tmp_path)
-    assert lines == ["graph 2", "graph 2"]
+    """Forward and backward are one graph each, of two kernels, whatever the length; one new token is another."""
+    lines = run("-c", ONE_GRAPH + ONE_TOKEN, tmp_path=tmp_path)
+    assert lines == ["graph 2", "graph 2", "graph 2"]

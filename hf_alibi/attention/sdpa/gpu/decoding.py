@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import triton_op, wrap_triton
 
 from ...call import AttentionCall
 from ...inputs import visible_keys
 from ..remembered import remembered
 from .kernels.decoding import decode, join_parts
-from .launches import by_tokens, columns, strides
+from .launches import Settings, as_it_is, by_tokens, columns, strides
 
 __all__ = ["attend_one"]
 
-# Programs that keep a large GPU busy, and keys of a part at least.
-_PROGRAMS = 512
-_SPAN = 256
+# Keys of a part, and of a tile.
+_SPAN = 512
 _KEYS = 64
 
 
@@ -29,32 +31,18 @@ def attend_one(call: AttentionCall) -> Tensor | None:
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (call.query, call.key, call.value))
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return None
-    seen = after = run = query
+    positions: list[Tensor] = []
     if call.mask is not None:
         visible = visible_keys(call.mask, query, key)
         if visible.added is not None or (visible.allowed.shape[1] > 1 and visible.allowed.stride(1)):
             return None
-        seen, after, run = (x.expand(len(query), -1).contiguous() for x in _positions(visible.allowed, None))
-    (batch, heads, _, width), (key_heads, keys), value_width = query.shape, key.shape[1:3], value.shape[-1]
-    span = max(_SPAN, -(-keys * batch * key_heads // _PROGRAMS // _KEYS) * _KEYS)
-    parts = -(-keys // span)
-    total = query.new_empty(batch, heads, parts, value_width, dtype=torch.float32)
-    largest, weight = query.new_empty(2, batch, heads, parts, dtype=torch.float32)
-    tile = _KEYS if max(width, value_width) * query.dtype.itemsize <= 256 else 16
-    decode[parts, batch * key_heads](
-        query, key, value, total, largest, weight, seen, after, run, call.slopes.per_head, *strides(query)[:2],
-        *strides(key, value), keys, span, key_heads, call.groups, call.scaling / math.log(2),
-        (call.softcap or 0.0) / math.log(2), math.log2(call.tolerance) if call.tolerance else -math.inf, width,
-        value_width, columns(width), columns(value_width), columns(call.groups), tile, call.slopes.sink_tokens,
-        call.softcap is not None, call.mask is not None, num_stages=2,
-    )  # fmt: skip
-    output = by_tokens(query, value_width)
-    sinks = largest if call.learned_sinks is None else call.learned_sinks
-    join_parts[(batch * heads,)](
-        total, largest, weight, sinks, output, *strides(output)[:2], parts, heads, value_width, columns(value_width),
-        columns(parts), call.learned_sinks is not None,
-    )  # fmt: skip
-    return output
+        positions = [x.expand(len(query), -1).contiguous() for x in _positions(visible.allowed, None)]
+    settings = Settings(float(call.scaling), call.tolerance, call.slopes.sink_tokens, call.softcap or 0.0)
+    args = query, key, value, positions, call.slopes.per_head, call.learned_sinks
+    if torch.compiler.is_compiling():
+        output: Tensor = _operator(*args, list(map(float, settings)))
+        return output
+    return _launch(*args, settings)
 
 
 @remembered
@@ -67,3 +55,50 @@ def _positions(allowed: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     stop = torch.where(seen, index + 1, 0).amax(dim=-1, keepdim=True)
     first = torch.where(seen, index, seen.shape[-1]).amin(dim=-1, keepdim=True)
     return seen, count - until, torch.cat([first, stop, count], dim=-1).int()
+
+
+def _launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: list[Tensor],
+    slopes: Tensor,
+    sinks: Tensor | None,
+    settings: Settings,
+    launcher: Callable[[Any], Any] = as_it_is,
+) -> Tensor:
+    (batch, heads), (key_heads, keys) = query.shape[:2], key.shape[1:3]
+    # For compilers: what tiles depend on is a number, not a symbol.
+    width, value_width, groups = int(query.shape[-1]), int(value.shape[-1]), int(heads // key_heads)
+    parts = -(-keys // _SPAN)
+    total = query.new_empty(batch, heads, parts, value_width, dtype=torch.float32)
+    largest = query.new_empty(batch, heads, parts, dtype=torch.float32)
+    weight = torch.empty_like(largest)
+    seen, after, run = positions or (query, query, query)
+    tile = _KEYS if max(width, value_width) * query.dtype.itemsize <= 256 else 16
+    launcher(decode)[parts, batch * key_heads](
+        query, key, value, total, largest, weight, seen, after, run, slopes, *strides(query)[:2],
+        *strides(key, value), keys, key_heads, groups, settings.scaling / math.log(2), settings.softcap / math.log(2),
+        math.log2(settings.tolerance) if settings.tolerance else -math.inf, WIDTH=width, VALUE_WIDTH=value_width,
+        COLUMNS=columns(width), VALUE_COLUMNS=columns(value_width), HEADS=columns(groups), SPAN=_SPAN, KEYS=tile,
+        SINK_TOKENS=settings.sink_tokens, CAP=settings.softcap > 0, MASK=bool(positions), num_stages=2,
+    )  # fmt: skip
+    output = by_tokens(query, value_width)
+    launcher(join_parts)[(batch * heads,)](
+        total, largest, weight, largest if sinks is None else sinks, output, *strides(output)[:2], parts, heads,
+        VALUE_WIDTH=value_width, VALUE_COLUMNS=columns(value_width), PARTS=_KEYS, LEARNED_SINK=sinks is not None,
+    )  # fmt: skip
+    return output
+
+
+@triton_op("hf_alibi::attend_one", mutates_args=())
+def _operator(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: list[Tensor],
+    slopes: Tensor,
+    sinks: Tensor | None,
+    settings: list[float],
+) -> Tensor:
+    return _launch(query, key, value, positions, slopes, sinks, Settings.of(settings), wrap_triton)

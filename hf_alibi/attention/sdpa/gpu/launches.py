@@ -19,6 +19,7 @@ __all__ = [
     "Runs",
     "Settings",
     "Sizes",
+    "as_it_is",
     "by_tokens",
     "columns",
     "launch_backward",
@@ -46,6 +47,12 @@ class Settings(NamedTuple):
     """See `HeadSlopes`."""
     softcap: float = 0.0
     """The logits are capped to plus or minus this before the bias is added; 0 for no cap."""
+
+    @classmethod
+    def of(cls, values: list[float]) -> Settings:
+        """From a list, which is what operators of PyTorch take."""
+        scaling, tolerance, sink_tokens, softcap = values
+        return cls(scaling, tolerance, int(sink_tokens), softcap)
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,8 @@ def by_tokens(like: Tensor, width: int | None = None) -> Tensor:
     return like.new_empty(batch, tokens, heads, own if width is None else width).transpose(1, 2)
 
 
-def _as_it_is(kernel: Any) -> Any:
+def as_it_is(kernel: Any) -> Any:
+    """What launches a kernel where no compiler needs to see it."""
     return kernel
 
 
@@ -152,7 +160,7 @@ def launch_forward(
     sinks: Tensor | None,
     settings: Settings,
     sizes: Sizes | None = None,
-    launcher: Callable[[Any], Any] = _as_it_is,
+    launcher: Callable[[Any], Any] = as_it_is,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output (batch, heads, queries, value width), and log-sum-exp and windows as the kernel `attend` writes them.
 
@@ -175,7 +183,7 @@ def launch_forward(
     window = query.new_empty(batch, heads, query_blocks, 4, dtype=torch.int32)
     common = _common(query, value, runs, settings, sizes)
     # Compiled, one program serves all lengths.
-    skip = settings.tolerance > 0 and (launcher is not _as_it_is or keys > min(_SHORT, 8 * sizes.block))
+    skip = settings.tolerance > 0 and (launcher is not as_it_is or keys > min(_SHORT, 8 * sizes.block))
     centroid = radius = lse
     if skip:
         centroid = key.new_empty(batch * key_heads, key_blocks, width)
@@ -200,7 +208,7 @@ def launch_backward(
     slopes: Tensor,
     settings: Settings,
     sizes: Sizes | None = None,
-    launcher: Callable[[Any], Any] = _as_it_is,
+    launcher: Callable[[Any], Any] = as_it_is,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; and each output times its gradient, summed, float32 (batch, heads, queries).
 

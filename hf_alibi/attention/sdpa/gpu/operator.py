@@ -80,7 +80,7 @@ def _operator(
     settings: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     states = query, key, value
-    return launch_forward(states, _runs(runs), slopes, sinks, _settings(settings), launcher=wrap_triton)
+    return launch_forward(states, _runs(runs), slopes, sinks, Settings.of(settings), launcher=wrap_triton)
 
 
 @triton_op("hf_alibi::attention_backward", mutates_args=())
@@ -89,16 +89,11 @@ def _operator_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     query, key, value, output, lse, window = saved
     states = query, key, value, output, lse, window
-    return launch_backward(grad, states, _runs(runs), slopes, _settings(settings), launcher=wrap_triton)
+    return launch_backward(grad, states, _runs(runs), slopes, Settings.of(settings), launcher=wrap_triton)
 
 
 def _runs(runs: Sequence[Tensor]) -> Runs | None:
     return (runs[0], runs[1]) if runs else None
-
-
-def _settings(values: list[float]) -> Settings:
-    scaling, tolerance, sink_tokens, softcap = values
-    return Settings(scaling, tolerance, int(sink_tokens), softcap)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: _States) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ __all__ = ["attend", "refuses"]
 
 _TYPES = {torch.float32, torch.float16, torch.bfloat16}
 _WIDEST = 256
+# Of the second dimension of a launch.
+_MOST_HEADS = 2**16 - 1
 
 
 def refuses(call: AttentionCall) -> str | None:
@@ -28,6 +32,8 @@ def refuses(call: AttentionCall) -> str | None:
         return f"the kernels take heads of at most {_WIDEST} dimensions"
     if query.shape[2] > call.key.shape[2]:
         return "the kernels take as many queries as keys at most"
+    if query.shape[0] * query.shape[1] > _MOST_HEADS:
+        return f"the kernels take at most {_MOST_HEADS} heads of all sequences together"
     if call.dropout:
         return "the kernels have no dropout"
     if call.slopes.dynamic is not None:
@@ -41,9 +47,14 @@ def refuses(call: AttentionCall) -> str | None:
 
 def attend(call: AttentionCall, sizes: Sizes | None = None) -> Tensor | None:
     """Output (batch, heads, queries, head_dim); None if the mask is more than a run of keys for each query."""
+    # Triton launches on the current device, which of a model on several need not be that of the layer.
+    may_be_elsewhere = call.query.is_cuda and not torch.compiler.is_compiling()
+    with torch.cuda.device(call.query.device) if may_be_elsewhere else nullcontext():
+        return attend_one(call) if call.query.shape[2] == 1 else _attend(call, sizes)
+
+
+def _attend(call: AttentionCall, sizes: Sizes | None) -> Tensor | None:
     query = call.query
-    if query.shape[2] == 1:
-        return attend_one(call)
     runs: Runs | None = None
     if call.mask is not None:
         runs = _expanded(runs_of(call.mask, query, call.key), len(query))

@@ -36,15 +36,16 @@ def _logits(
     return tl.where(sees[None, :], logits, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["keys", "span"])
+@triton.jit(do_not_specialize=["keys"])
 def decode(
     QUERY, KEY, VALUE, TOTAL, LARGEST, WEIGHT, SEEN, AFTER, RUN, SLOPE,
     query_batch, query_head, key_batch, key_head, key_row, value_batch, value_head, value_row,
-    keys, span, key_heads, groups, scaling, cap, tolerance,
+    keys, key_heads, groups, scaling, cap, tolerance,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
-    HEADS: tl.constexpr, KEYS: tl.constexpr, SINK_TOKENS: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
+    HEADS: tl.constexpr, SPAN: tl.constexpr, KEYS: tl.constexpr, SINK_TOKENS: tl.constexpr, CAP: tl.constexpr,
+    MASK: tl.constexpr,
 ):  # fmt: skip
-    """One program a part of `span` keys and a key head, for the HEADS (or fewer) query heads that share it.
+    """One program a part of SPAN keys and a key head, for the HEADS (or fewer) query heads that share it.
 
     TOTAL (batch, heads, parts, VALUE_WIDTH), LARGEST and WEIGHT (batch, heads, parts) are float32: the weighted sum of
     a part's values, its largest logit, and the sum of its weights relative to that. With a MASK: SEEN bool and AFTER
@@ -74,7 +75,7 @@ def decode(
 
     result = tl.zeros([HEADS, VALUE_COLUMNS], tl.float32)
     largest, weight = tl.full([HEADS], -1e30, tl.float32), tl.zeros([HEADS], tl.float32)
-    for tile in range(tl.maximum(part * span, begin // KEYS * KEYS), tl.minimum((part + 1) * span, stop), KEYS):
+    for tile in range(tl.maximum(part * SPAN, begin // KEYS * KEYS), tl.minimum((part + 1) * SPAN, stop), KEYS):
         logits = _logits(
             query, of_keys, key_row, SEEN, AFTER, tile, stop, keys, total, slope, scaling, cap, COLUMNS, WIDTH, KEYS,
             SINK_TOKENS, CAP, MASK,
@@ -102,22 +103,29 @@ def join_parts(
     TOTAL, LARGEST, WEIGHT, SINK, OUTPUT, output_batch, output_head, parts, heads, VALUE_WIDTH: tl.constexpr,
     VALUE_COLUMNS: tl.constexpr, PARTS: tl.constexpr, LEARNED_SINK: tl.constexpr,
 ):  # fmt: skip
-    """Fill OUTPUT from what `decode` made of up to PARTS parts; one program a head of a sequence."""
+    """Fill OUTPUT from what `decode` made of the parts, PARTS at a time; one program a head of a sequence."""
     pair = tl.program_id(0)
-    part = tl.arange(0, PARTS)
+    largest, weight = -1e30, 0.0
+    total = tl.zeros([VALUE_COLUMNS], tl.float32)
     offset = pair.to(tl.int64) * parts
-    largest = tl.load(LARGEST + offset + part, mask=part < parts, other=-1e30)
-    weight = tl.load(WEIGHT + offset + part, mask=part < parts, other=0.0)
-    total = load_rows(TOTAL + offset * VALUE_WIDTH, 0, VALUE_WIDTH, parts, PARTS, VALUE_WIDTH, VALUE_COLUMNS, True)
-    peak = tl.max(largest, 0)
+    for begin in range(0, parts, PARTS):
+        part = begin + tl.arange(0, PARTS)
+        peaks = tl.load(LARGEST + offset + part, mask=part < parts, other=-1e30)
+        weights = tl.load(WEIGHT + offset + part, mask=part < parts, other=0.0)
+        of_parts = TOTAL + offset * VALUE_WIDTH
+        totals = load_rows(of_parts, begin, VALUE_WIDTH, parts, PARTS, VALUE_WIDTH, VALUE_COLUMNS, True)
+        larger = tl.maximum(largest, tl.max(peaks, 0))
+        shrink, share = tl.exp2(largest - larger), tl.exp2(peaks - larger)
+        total = total * shrink + tl.sum(totals * share[:, None], 0)
+        weight = weight * shrink + tl.sum(share * weights, 0)
+        largest = larger
+    sees = weight > 0
     if LEARNED_SINK:
-        peak = tl.maximum(peak, tl.load(SINK + pair % heads).to(tl.float32) * _LOG2E)
-    share = tl.exp2(largest - peak)
-    sum_of_weights = tl.sum(share * weight, 0)
-    sees = sum_of_weights > 0
-    if LEARNED_SINK:
-        sum_of_weights += tl.exp2(tl.load(SINK + pair % heads).to(tl.float32) * _LOG2E - peak)
-    output = tl.sum(total * share[:, None], 0) / tl.where(sees, sum_of_weights, 1.0)
+        sink = tl.load(SINK + pair % heads).to(tl.float32) * _LOG2E
+        larger = tl.maximum(largest, sink)
+        shrink = tl.exp2(largest - larger)
+        total, weight = total * shrink, weight * shrink + tl.exp2(sink - larger)
     columns = tl.arange(0, VALUE_COLUMNS)
     pointers = of_head(OUTPUT, pair // heads, pair % heads, output_batch, output_head) + columns
+    output = tl.where(sees, total / tl.where(sees, weight, 1.0), 0.0)
     tl.store(pointers, output.to(OUTPUT.dtype.element_ty), mask=columns < VALUE_WIDTH)
