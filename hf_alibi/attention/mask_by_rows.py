@@ -54,16 +54,18 @@ class MaskByRows:
         """The mask itself."""
         return self._build(0, self.shape[2])
 
-    def to(self, *args: Any, **kwargs: Any) -> MaskByRows:
-        """The same for layers on another device, if one is given."""
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        if dtype not in (None, torch.bool):
-            raise TypeError(f"a mask by rows is bool, and cannot be {dtype}; use .whole()")
-        moved = MaskByRows(self.shape, device or self.device, lambda *rows: self._build(*rows).to(device))
-        moved.known = None if self.known is None else tuple(x.to(device) for x in self.known)
+    def to(self, *args: Any, **kwargs: Any) -> MaskByRows | Tensor:
+        """As a tensor's: the same for layers on another device; in another type, the mask itself."""
+        like = torch.empty(0, dtype=torch.bool, device=self.device).to(*args, **kwargs)
+        if like.dtype != torch.bool:
+            return self.whole().to(*args, **kwargs)
+        moved = MaskByRows(self.shape, like.device, lambda *rows: self._build(*rows).to(like.device))
+        moved.known = None if self.known is None else tuple(x.to(like.device) for x in self.known)
         return moved
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
         return getattr(self.whole(), name)
 
     def __getitem__(self, index: Any) -> Tensor:
