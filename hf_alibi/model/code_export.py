@@ -17,6 +17,8 @@ from .families import stock_type
 
 __all__ = ["code_files", "saving_code"]
 
+# The kernels: transformers would ask for Triton wherever the code is loaded.
+_LEFT_OUT = "attention/sdpa/gpu"
 _PREFIX = "hf_alibi_"
 _ENTRY = f"{_PREFIX}model_remote_code"
 _HERE = Path(__file__)
@@ -113,6 +115,9 @@ def _flat_imports(source: Path, root: Path) -> tuple[str, list[Path]]:
             module = _module_file(base / alias.name)
             if module is None:
                 names.append(alias)
+                continue
+            if module.is_relative_to(root / _LEFT_OUT):
+                statements.append("raise ImportError")
                 continue
             imported.append(module)
             flat = _flat_name(module, root)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from copy import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import transformers
 from torch import nn
@@ -48,6 +48,7 @@ class AlibiModel:
     config: Converted
     # Engines that ask this put their own attention in place of the model's, and the bias would be lost.
     _supports_attention_backend = False
+    _stand_ins: ClassVar[dict[str | None, str]] = {"flex_attention": "sdpa"}  # of GPT-2
     _named_by_saving = False
     alibi_stock_class: type[PreTrainedModel] | None = None
     """What a class of one's own was made of; None for those of transformers."""
@@ -63,16 +64,16 @@ class AlibiModel:
         check_family(config)
         if config.__dict__.pop(PLAIN_CHECKPOINT, False):
             config.name_or_path = name_until_saved(config)
-        # Parts are first built as transformers' own, and its GPT-2 refuses flex_attention.
-        flex = config._attn_implementation == "flex_attention"
+        # Parts are first built as transformers' own, which refuse what only their ALiBi forms can do.
+        name = config._attn_implementation or ("sdpa" if "sdpa" in self._stand_ins else None)
         try:
-            if flex:
-                config._attn_implementation = "sdpa"
+            if name in self._stand_ins:
+                config._attn_implementation = self._stand_ins[name]
             with original_limit(config):
                 super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         finally:
-            if flex:
-                config._attn_implementation = "flex_attention"
+            if name in self._stand_ins:
+                config._attn_implementation = name
         decoder = text_decoder(self)
         check_attention(self, decoder)
         install_alibi(self, decoder, model_class)
@@ -256,9 +257,10 @@ def _made(stock: type[PreTrainedModel], name: str, **members: Any) -> type[PreTr
     if stock.__name__.startswith("GPT2"):
         # transformers does not offer what GPT-2's self-attention can do.
         members.update(_supports_flex_attn=True)
-    if stock._supports_attention_backend and not stock._supports_sdpa:
+    lacks_sdpa = stock._supports_attention_backend and not stock._supports_sdpa
+    if lacks_sdpa and stock.config_class is not None and not stock.config_class.sub_configs:
         # Nor capped logits and learned sinks under this name.
-        members.update(_supports_sdpa=True)
+        members.update(_supports_sdpa=True, _stand_ins={"sdpa": "eager", "flex_attention": "eager"})
     return type(name, (AlibiModel, stock), members)
 
 

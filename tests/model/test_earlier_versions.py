@@ -17,6 +17,7 @@ import hf_alibi
 ARCHIVE = Path(__file__).parents[1] / "data" / "saved_by_0.1.0.tar.xz"
 NAMES = ("gpt2", "llama_with_code")
 
+# Processors sum in different orders: an earlier version differs from its own logits by up to 4.4e-6 on another one.
 WITHOUT_PACKAGE = """
 import sys
 sys.modules["hf_alibi"] = None
@@ -28,7 +29,7 @@ assert type(model).__module__.startswith("transformers_modules.")
 saved = load_file("llama_with_code/expected.safetensors")
 with torch.no_grad():
     logits = model(saved["tokens"], attention_mask=saved["attention_mask"]).logits
-torch.testing.assert_close(logits, saved["logits"], atol=2e-6, rtol=1e-6)
+torch.testing.assert_close(logits, saved["logits"], atol=1e-5, rtol=1e-6)
 """
 
 
@@ -51,7 +52,7 @@ def test_logits_are_those_that_the_earlier_version_gave(folder, name, backend):
     saved = load_file(folder / name / "expected.safetensors")
     with torch.no_grad():
         logits = model(saved["tokens"], attention_mask=saved["attention_mask"]).logits
-    torch.testing.assert_close(logits, saved["logits"], atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(logits, saved["logits"], atol=1e-5, rtol=1e-6)
 
 
 def test_the_code_beside_a_checkpoint_still_works_without_the_package(folder):

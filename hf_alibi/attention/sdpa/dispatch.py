@@ -34,7 +34,8 @@ __all__ = ["sdpa_alibi_attention"]
 
 # Of CUDA and ROCm.
 _KERNEL_DEVICES = {"cuda"}
-_HAS_TRITON = find_spec("triton") is not None
+# The code beside a checkpoint is without them, see `code_export`.
+_HAS_KERNELS = find_spec("triton") is not None and find_spec(f"{__package__}.gpu") is not None
 # Keys from which one new token costs less by `decode`, which has more steps.
 _DECODE_KEYS = 2**15
 
@@ -86,10 +87,11 @@ def _by_path(call: AttentionCall) -> Tensor:
             raise ValueError(f"causal attention of {queries} queries needs as many keys, got {key.shape[2]}")
         key, value = key[:, :, :queries], value[:, :, :queries]
         call = replace(call, key=key, value=value)
-    if query.device.type in _KERNEL_DEVICES and _HAS_TRITON:
+    if query.device.type in _KERNEL_DEVICES and _HAS_KERNELS:
         from .gpu import path as kernels  # takes Triton, which CPUs do without
 
-        if kernels.refuses(call) is None and (output := kernels.attend(call)) is not None:
+        output = None if kernels.refuses(call) else kernels.attend(call)
+        if output is not None:
             return output
     if call.has_other_logits:
         return dense_attention(call)
