@@ -20,7 +20,8 @@ print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton
 mkdir -p "$folder"
 failed=0
 timeout "${TEST_SECONDS:-150}" "$python" -m pytest -q -p no:cacheprovider --override-ini addopts= \
-    --import-mode=importlib -m "not slow" tests/attention/sdpa/test_kernels.py 2>&1 | tee "$folder/tests.txt" || failed=$?
+    --import-mode=importlib -k kernels tests/attention/sdpa/test_kernels.py tests/attention/test_backends.py \
+    tests/attention/test_sink_tokens.py tests/attention/test_keys_ahead.py 2>&1 | tee "$folder/tests.txt" || failed=$?
 benchmark() {
     local name=$1
     shift

@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import reference
-from helpers.triton_kernels import kernels_run, needs_triton
+from helpers.triton_kernels import DEVICE, kernels_run, needs_triton
 from hf_alibi.attention.backends import BACKENDS
 from hf_alibi.attention.sdpa import dispatch as sdpa_backend
 
@@ -57,8 +57,9 @@ def run(backend, query, key, value, mask=None, module=None, **kwargs):
     """`unwindowed` is sdpa as it runs where no key can be left out: compiled, with dropout; `kernels`, on a GPU."""
     module = layer(query.shape[1]) if module is None else module
     if backend == "kernels":
+        there = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in (query, key, value, mask)]
         with kernels_run():
-            return run("sdpa", query, key, value, mask, module, **kwargs)
+            return run("sdpa", *there, module, **kwargs).cpu()
     with pytest.MonkeyPatch.context() as patch:
         if backend == "unwindowed":
             backend = "sdpa"

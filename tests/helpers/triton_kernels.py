@@ -43,11 +43,11 @@ def mend_interpreter():
 
 @contextmanager
 def kernels_run(sizes=None):
-    """Inside, `sdpa` takes the kernels on any device; with tiles of these `Sizes`, if given."""
+    """Inside, `sdpa` takes the kernels on DEVICE; with tiles of these `Sizes`, if given."""
     if DEVICE == "cpu":
         mend_interpreter()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "_KERNEL_DEVICES", {"cpu", "cuda"})
+        patch.setattr(dispatch, "_KERNEL_DEVICES", {DEVICE})
         if sizes is not None:
             from hf_alibi.attention.sdpa.gpu import launches, path
 
