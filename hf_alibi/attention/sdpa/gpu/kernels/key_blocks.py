@@ -28,8 +28,8 @@ def summarize_keys(
     centroid = mean.to(CENTROID.dtype.element_ty)
     difference = key - centroid.to(tl.float32)[None, :]
     squares = tl.where(inside, tl.sum(difference * difference, 1), 0.0)
-    # NaN must stay: the maximum of a block would lose it, and with it the duty to read these keys.
-    radius = tl.where(tl.sum(squares, 0) == tl.sum(squares, 0), tl.sqrt(tl.max(squares, 0)), float("nan"))
+    # If a key is NaN, the centroid is, and what cannot be compared is read.
+    radius = tl.sqrt(tl.max(squares, 0))
     columns = tl.arange(0, COLUMNS)
     index = pair.to(tl.int64) * blocks + block
     tl.store(CENTROID + index * WIDTH + columns, centroid, mask=columns < WIDTH)
