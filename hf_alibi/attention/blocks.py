@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["by_block", "dense_rows", "in_blocks", "is_exported", "under_torch_func"]
+__all__ = ["by_block", "dense_rows", "in_blocks", "is_exported", "under_torch_func", "with_rows"]
 
 # Entries of a dense (batch, heads, rows, keys) matrix that may stand in memory at a time: 64 MiB in float32.
 _DENSE_ENTRIES = 2**24
@@ -32,6 +32,11 @@ def is_exported() -> bool:
 def under_torch_func() -> bool:
     """Whether torch.func transforms what is computed: then no value can be read, and no block computed again."""
     return torch._C._are_functorch_transforms_active()
+
+
+def with_rows(x: Tensor) -> Tensor:
+    """`x`, copied if its last dimension is not dense: kernels step over all others."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def dense_rows(query: Tensor, key: Tensor) -> int:

@@ -63,6 +63,11 @@ class Visible(NamedTuple):
     own: Tensor | None = None
     """int64 (queries,), index of each query's own key; None if no query sees keys after its own."""
 
+    @property
+    def differs_by_head(self) -> bool:
+        """Whether heads may see different keys."""
+        return self.allowed.shape[1] > 1 and self.allowed.stride(1) != 0
+
     def part(self, batch: slice, queries: slice) -> Visible:
         """Of some sequences and queries."""
         allowed, added, own = self

@@ -39,10 +39,10 @@ def error_cases(args: BenchmarkArguments, device: torch.device) -> Iterator[Case
         }
         errors = {name: _errors(attend, states, upstream, own) for name, (attend, own) in ways.items()}
         return [
-            {"variant": name, "what": f"{what}, {dtype}".replace("torch.", ""), "status": OK, "error": error}
-            | {"ratio": error / errors[CAUSAL][what]}
+            {"variant": name, "what": f"{what}, {dtype}".replace("torch.", ""), "status": OK, "error": own[what]}
+            | {"ratio": own[what] / errors[CAUSAL][what]}
             for what in _WHAT
-            for name, error in ((name, own[what]) for name, own in errors.items())
+            for name, own in errors.items()
         ]
 
     for length in args.error_lengths:

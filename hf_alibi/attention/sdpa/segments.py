@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..inputs import visible_range
+from ..inputs import Visible, visible_range
 from .remembered import remembered
 
 __all__ = ["OtherQueries", "Segment", "segments_of"]
@@ -68,7 +68,7 @@ def segments_of(allowed: Tensor, own: Tensor | None) -> tuple[list[Segment], lis
 
     Queries that see nothing are in neither list. Every entry of the mask is checked.
     """
-    if allowed.shape[1] > 1 and allowed.stride(1):
+    if Visible(allowed).differs_by_head:
         return None
     return _find(allowed[:, 0], own)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..blocks import with_rows
 from ..call import AttentionCall
 from .cpu_kernel import attend, attend_backward
 from .far_keys import Span, far_spans, kept_blocks
@@ -60,7 +61,7 @@ class _Windowed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, settings: tuple[Any, ...]) -> Tensor:
         slopes, scaling, tolerance, segments, everything = settings
-        query, key, value = (_with_rows(x) for x in (query, key, value))
+        query, key, value = (with_rows(x) for x in (query, key, value))
         batch, heads, queries, width = query.shape
         # The layout that models ask for next: (batch, queries, heads, head_dim).
         make = query.new_empty if everything else query.new_zeros
@@ -78,16 +79,11 @@ class _Windowed(torch.autograd.Function):
         query, key, value, output, lse = ctx.saved_tensors
         slopes, scaling, segments, spans = ctx.settings
         gradients = [torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value)]
-        of_queries = query, output, lse, _with_rows(grad), gradients[0]
+        of_queries = query, output, lse, with_rows(grad), gradients[0]
         of_keys = key, value, *gradients[1:]
         for segment, far in zip(segments, spans, strict=True):
             _backward(_Share.of(segment, of_queries, of_keys, slopes, scaling), far)
         return *(total.to(query.dtype) for total in gradients), None
-
-
-def _with_rows(x: Tensor) -> Tensor:
-    # The kernel steps over everything but the last dimension.
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @dataclass(frozen=True)

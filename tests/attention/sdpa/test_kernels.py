@@ -197,8 +197,7 @@ def test_what_kernels_do_not_take_is_left_to_others():
     with kernels_run(tiles()):
         for seen in (holes, ahead[None, None]):
             output = run("sdpa", query.to(DEVICE), key.to(DEVICE), value.to(DEVICE), seen.to(DEVICE)).cpu()
-            position = seen[0, 0, -1].cumsum(-1)[None] if seen is holes else None
-            assert largest(output, run("eager", query, key, value, seen)) < EXACT, position
+            assert largest(output, run("eager", query, key, value, seen)) < EXACT
 
 
 def attend_or_none(query, key, value, mask):

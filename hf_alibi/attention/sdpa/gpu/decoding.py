@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from ...blocks import with_rows
 from ...call import AttentionCall
 from ...inputs import visible_keys
 from ..remembered import remembered
@@ -28,16 +29,16 @@ def attend_one(call: AttentionCall) -> Tensor | None:
 
     Keys and values are read where they lie, in any strides; the mask may have holes, and is not waited for.
     """
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (call.query, call.key, call.value))
+    query, key, value = (with_rows(x) for x in (call.query, call.key, call.value))
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return None
     positions: list[Tensor] = []
     if call.mask is not None:
         visible = visible_keys(call.mask, query, key)
-        if visible.added is not None or (visible.allowed.shape[1] > 1 and visible.allowed.stride(1)):
+        if visible.added is not None or visible.differs_by_head:
             return None
         positions = [x.expand(len(query), -1).contiguous() for x in _positions(visible.allowed, None)]
-    settings = Settings(float(call.scaling), call.tolerance, call.slopes.sink_tokens, call.softcap or 0.0)
+    settings = Settings.of_call(call)
     args = query, key, value, positions, call.slopes.per_head, call.learned_sinks
     if torch.compiler.is_compiling():
         output: Tensor = _operator(*args, list(map(float, settings)))

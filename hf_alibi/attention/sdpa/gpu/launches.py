@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...blocks import with_rows
+from ...call import AttentionCall
 from .kernels.backward import attend_backward_keys, attend_backward_queries
 from .kernels.forward import attend
 from .kernels.key_blocks import summarize_keys
@@ -47,6 +49,11 @@ class Settings(NamedTuple):
     """See `HeadSlopes`."""
     softcap: float = 0.0
     """The logits are capped to plus or minus this before the bias is added; 0 for no cap."""
+
+    @classmethod
+    def of_call(cls, call: AttentionCall) -> Settings:
+        """What a call asks for."""
+        return cls(float(call.scaling), call.tolerance, call.slopes.sink_tokens, call.softcap or 0.0)
 
     @classmethod
     def of(cls, values: list[float]) -> Settings:
@@ -220,7 +227,7 @@ def launch_backward(
     query, key, value, output, lse, window = saved
     sizes = sizes or sizes_of((query, key, value))
     (batch, heads, queries, _), (_, key_heads, keys, _) = query.shape, key.shape
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    grad = with_rows(grad)
     d_query, d_key, d_value = (by_tokens(x) for x in (query, key, value))
     delta = torch.empty_like(lse)
     common = _common(query, value, runs, settings, sizes)

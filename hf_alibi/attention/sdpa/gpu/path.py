@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from ...blocks import under_torch_func
+from ...blocks import under_torch_func, with_rows
 from ...call import AttentionCall
 from ..reads import recording, report_windows
 from .decoding import attend_one
@@ -60,8 +60,8 @@ def _attend(call: AttentionCall, sizes: Sizes | None) -> Tensor | None:
         runs = _expanded(runs_of(call.mask, query, call.key), len(query))
         if runs is None:
             return None
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, call.key, call.value))
-    settings = Settings(float(call.scaling), call.tolerance, call.slopes.sink_tokens, call.softcap or 0.0)
+    query, key, value = (with_rows(x) for x in (query, call.key, call.value))
+    settings = Settings.of_call(call)
     output, window = alibi_attention(
         (query, key, value), runs, call.slopes.per_head, call.learned_sinks, settings, sizes
     )

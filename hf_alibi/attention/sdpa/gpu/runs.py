@@ -28,7 +28,7 @@ def runs_of(mask: Tensor | MaskByRows, query: Tensor, key: Tensor) -> Runs | Non
             mask.known = _checked(first, last, seen, own) or ()
         return mask.known or None
     visible = visible_keys(mask, query, key)
-    if visible.added is not None or (visible.allowed.shape[1] > 1 and visible.allowed.stride(1)):
+    if visible.added is not None or visible.differs_by_head:
         return None
     return _runs_of_matrix(visible.allowed, visible.own)
 

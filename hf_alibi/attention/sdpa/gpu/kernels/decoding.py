@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import _LOG2E, load_rows, of_head
+from .tiles import _LOG2E, load_rows, of_head, tanh_of
 
 __all__ = ["decode", "join_parts"]
 
@@ -31,7 +31,7 @@ def _logits(
     key = load_rows(KEY, begin, key_row, stop, KEYS, WIDTH, COLUMNS, True)
     logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scaling
     if CAP:
-        logits = cap - 2 * cap / (tl.exp2(logits * (2 * _LOG2E / cap)) + 1)
+        logits = cap * tanh_of(logits, cap)
     logits -= slope[:, None] * after.to(tl.float32)[None, :]
     return tl.where(sees[None, :], logits, float("-inf"))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import _LOG2E, _NONE, frame, load_rows, of_head, runs_of_queries, store_rows, tile_logits
+from .tiles import _LOG2E, _NONE, frame, load_rows, of_head, runs_of_queries, store_rows, tanh_of, tile_logits
 
 __all__ = ["attend"]
 
@@ -61,7 +61,7 @@ def _first_block_to_read(
         radius = tl.load(RADIUS + blocks, mask=blocks < near, other=0.0) * 1.001
         bound = tl.dot(query, tl.trans(centroid), input_precision="ieee") * scaling + norm[:, None] * radius[None, :]
         if CAP:
-            bound = cap - 2 * cap / (tl.exp2(bound * (2 * _LOG2E / cap)) + 1)
+            bound = cap * tanh_of(bound, cap)
         bound += (slope * ((blocks + 1) * BLOCK - 1 - reference).to(tl.float32))[None, :]
         # What cannot be compared (NaN) is read.
         out = bound <= needed[:, None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["frame", "load_lse", "load_rows", "of_head", "runs_of_queries", "store_rows", "tile_logits"]
+__all__ = ["frame", "load_lse", "load_rows", "of_head", "runs_of_queries", "store_rows", "tanh_of", "tile_logits"]
 
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # A first key that no query sees.
@@ -84,6 +84,12 @@ def frame(query, last, reference, slope):
 
 
 @triton.jit
+def tanh_of(logits, cap):
+    """tanh(logits / cap), which times `cap` caps them."""
+    return 1 - 2 / (tl.exp2(logits * (2 * _LOG2E / cap)) + 1)
+
+
+@triton.jit
 def tile_logits(
     query, key, begin, first, last, reference, slope, scaling, cap, KEYS: tl.constexpr, SINK_TOKENS: tl.constexpr,
     CAP: tl.constexpr, CHECK: tl.constexpr,
@@ -98,7 +104,7 @@ def tile_logits(
     logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scaling
     derivative = 1.0
     if CAP:
-        tanh = 1 - 2 / (tl.exp2(logits * (2 * _LOG2E / cap)) + 1)
+        tanh = tanh_of(logits, cap)
         logits = tanh * cap
         derivative = 1 - tanh * tanh
     if query.dtype == tl.float32:
