@@ -44,11 +44,10 @@ def convert_model(
     """
     heads, every = recipe.global_heads, recipe.global_every
     checked_config(model, sink_tokens=recipe.sink_tokens or 0, global_heads=GlobalHeads(heads, every))
-    # The unconverted model reads this text, so no more of a block than it has positions for.
-    limit = text_decoder(model).limit
-    measured, distilled = (
-        _FirstBlocks(blocks, getattr(recipe, name), name, limit) for name in ("match_tokens", "distill_tokens")
-    )
+    # The unconverted model reads this text, so no more at a time than it has positions for.
+    limit = text_decoder(model).limit or len(blocks[0])
+    measured = _FirstPieces(blocks, recipe.match_tokens, "match_tokens", limit)
+    distilled = _FirstPieces(blocks, recipe.distill_tokens, "distill_tokens", min(limit, recipe.distill_block_size))
     batch_size = recipe.distill_batch_size
     done: dict[str, Any] = {}
     teacher = None
@@ -71,17 +70,20 @@ def convert_model(
     return done
 
 
-class _FirstBlocks:
-    """The first blocks that hold `tokens` tokens, each cut to `limit`; raises ValueError if there are fewer."""
+class _FirstPieces:
+    """The first `tokens` tokens of blocks, in pieces of up to `size`; raises ValueError if there are fewer tokens."""
 
-    def __init__(self, blocks: Blocks, tokens: int, name: str, limit: int | None) -> None:
-        size = len(blocks[0])
-        self._blocks, self._limit, self._count = blocks, limit, -(-tokens // size)
-        if self._count > len(blocks):
-            raise ValueError(f"{name} is {tokens:,}, but there are {len(blocks) * size:,} tokens of training text")
+    def __init__(self, blocks: Blocks, tokens: int, name: str, size: int) -> None:
+        self._blocks, self._size = blocks, min(size, len(blocks[0]))
+        self._pieces = len(blocks[0]) // self._size
+        self._count = -(-tokens // self._size)
+        if self._count > len(blocks) * self._pieces:
+            available = len(blocks) * self._pieces * self._size
+            raise ValueError(f"{name} is {tokens:,}, but there are {available:,} tokens of training text")
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, index: int) -> Tensor:
-        return self._blocks[index][: self._limit]
+        block, piece = divmod(index, self._pieces)
+        return self._blocks[block][piece * self._size : (piece + 1) * self._size]

@@ -7,6 +7,7 @@ from ..errors import InputError
 __all__ = ["ConversionArguments"]
 
 _STEPS = ("match_tokens", "sink_tokens", "global_heads", "distill_tokens")
+_ABOVE_0 = ("global_every", "distill_epochs", "distill_learning_rate", "distill_batch_size", "distill_block_size")
 
 
 @dataclass
@@ -45,13 +46,19 @@ class ConversionArguments:
     )
     distill_epochs: int = field(default=4, metadata={"help": "How often the layers see these tokens."})
     distill_learning_rate: float = field(default=3e-3, metadata={"help": "Highest learning rate of these fits."})
-    distill_batch_size: int = field(default=4, metadata={"help": "Blocks a step of these fits."})
+    distill_batch_size: int = field(default=4, metadata={"help": "Blocks of text a step of these fits."})
+    distill_block_size: int = field(
+        default=256,
+        metadata={
+            "help": "Tokens of these blocks, or block_size if that is less. Short blocks make more steps of a text."
+        },
+    )
 
     def __post_init__(self) -> None:
         for name in _STEPS:
             if (getattr(self, name) or 0) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0, which leaves it out")
-        for name in ("global_every", "distill_epochs", "distill_learning_rate", "distill_batch_size"):
+        for name in _ABOVE_0:
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be above 0")
 
