@@ -200,6 +200,21 @@ def test_what_kernels_do_not_take_is_left_to_others():
             assert largest(output, run("eager", query, key, value, seen)) < EXACT
 
 
+@pytest.mark.parametrize(("capability", "taken"), [(7, False), (8, True), (None, True)])
+def test_a_gpu_that_triton_does_not_know_takes_another_path(capability, taken, monkeypatch):
+    from hf_alibi.attention.sdpa.gpu import path
+
+    query, key, value = (x.to(DEVICE) for x in qkv(1, 2, 2, 40, 40))
+    monkeypatch.setattr(path, "_capability", lambda device: capability)
+    launched = []
+    attend = path.attend
+    monkeypatch.setattr(path, "attend", lambda call: launched.append(call) or attend(call, tiles()))
+    with kernels_run():
+        output = run("sdpa", query, key, value, None)
+    assert bool(launched) is taken
+    assert largest(output.cpu(), run("eager", *(x.cpu() for x in (query, key, value)), None)) < EXACT
+
+
 def attend_or_none(query, key, value, mask):
     from hf_alibi.attention.sdpa.gpu import path
 

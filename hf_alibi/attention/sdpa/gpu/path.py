@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ __all__ = ["attend", "refuses"]
 
 _TYPES = {torch.float32, torch.float16, torch.bfloat16}
 _WIDEST = 256
+# Of NVIDIA's compute capabilities: Triton compiles no matrix products for older ones (V100, T4).
+_OLDEST = 8
 # Of the second dimension of a launch.
 _MOST_HEADS = 2**16 - 1
 
@@ -26,6 +29,9 @@ _MOST_HEADS = 2**16 - 1
 def refuses(call: AttentionCall) -> str | None:
     """Why the kernels do not take the call; None if they do. Whether its mask is of runs is not asked here."""
     query, value = call.query, call.value
+    capability = _capability(query.device)
+    if capability is not None and capability < _OLDEST:
+        return f"Triton needs compute capability {_OLDEST} or higher, and this GPU has {capability}"
     if query.dtype not in _TYPES:
         return f"the kernels compute in float32, float16 and bfloat16, got {query.dtype}"
     if max(query.shape[-1], value.shape[-1]) > _WIDEST:
@@ -43,6 +49,15 @@ def refuses(call: AttentionCall) -> str | None:
     if under_torch_func() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "the kernels are not traced or transformed"
     return None
+
+
+def _capability(device: torch.device) -> int | None:
+    """The first number of an NVIDIA GPU's compute capability; None for other devices."""
+    if device.type != "cuda" or torch.version.hip:
+        return None
+    properties: Any = torch.cuda.get_device_properties(device)
+    major: int = properties.major
+    return major
 
 
 def attend(call: AttentionCall, sizes: Sizes | None = None) -> Tensor | None:
