@@ -71,7 +71,10 @@ def convert_model(
 
 
 class _FirstPieces:
-    """The first `tokens` tokens of blocks, in pieces of up to `size`; raises ValueError if there are fewer tokens."""
+    """The first pieces, of up to `size` tokens, that hold `tokens` tokens; raises ValueError if there are fewer.
+
+    No piece spans two blocks: what is left at the end of a block is not read.
+    """
 
     def __init__(self, blocks: Blocks, tokens: int, name: str, size: int) -> None:
         self._blocks, self._size = blocks, min(size, len(blocks[0]))
